@@ -1,0 +1,134 @@
+"""From a YAML file and `key.sub=value` overrides to a checked `RunConfig`; every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from oprd_megatron.config.schema import RunConfig
+from oprd_megatron.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML, apply overrides, check everything.
+
+    Args:
+        path: YAML file.
+        overrides: `key.sub=value`; the value is YAML, so `optimizer.lr=2e-4`, `distill.layers=[1,2]` and `eval=null` work.
+
+    Raises:
+        ConfigError: one line that names the file or key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections (run, teacher, student, rollout, ..)")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], source: str) -> RunConfig:
+    """Check a nested dict; `source` is named in errors."""
+    try:
+        return RunConfig.model_validate(_numbers(values))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected key.sub=value")
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _numbers(node: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string (it wants 1.0e-5): turn such scalars into numbers."""
+    if isinstance(node, dict):
+        return {key: _numbers(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_numbers(value) for value in node]
+    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
+        try:
+            return float(node)
+        except ValueError:
+            return node
+    return node
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake, with an unknown key's nearest neighbour.
+
+    A union (`layers: all | [1, 2]`) reports one error per member under a location that ends in the member's name: those
+    tails are not keys of the config and are cut.
+    """
+    errors = error.errors()
+    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
+    location = _keys(first["loc"])
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = list(_section(location[:-1]).model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"{key}: unknown key; did you mean {near[0]!r}? (known here: {', '.join(known)})"
+    if first["type"] == "missing":
+        return f"{key}: required, but not given"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _section(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        annotation: Any = section.model_fields[name].annotation
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(item for item in members if isinstance(item, type) and issubclass(item, BaseModel))
+    return section
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The leading part of a pydantic location that names config keys."""
+    keys: list[str] = []
+    section: Any = RunConfig
+    for item in loc:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            break
+        keys.append(str(item))
+        if item not in section.model_fields:
+            break
+        annotation: Any = section.model_fields[item].annotation
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+    return keys

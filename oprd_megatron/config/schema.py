@@ -1,0 +1,242 @@
+"""The typed description of a run. Imports no torch, so that a config can be checked anywhere, in milliseconds.
+
+One YAML file holds one `RunConfig`. Unknown keys are errors. The text under each field is its documentation: it is what
+`oprd train --help-config` prints. Checks that need only the config live here; checks against the models or the machine
+live where those are opened. METHOD terms: B rollouts, T response tokens, L layers, d width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys are refused, values are frozen, docstrings become descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ParallelConfig(Strict):
+    """How one model is spread over its ranks: tp x pp x dp must equal the number of ranks."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel size: every layer's matrices are split over this many ranks."""
+    pp: PositiveInt = 1
+    """Pipeline-parallel size: the layers are split into this many stages."""
+    dp: PositiveInt | None = None
+    """Data-parallel size; left out, it is what remains of the ranks."""
+    sp: bool = False
+    """Sequence parallelism: activations between the tensor-parallel regions are split along tokens. Needs tp > 1."""
+    layers_per_stage: list[PositiveInt] | None = None
+    """Layers on each pipeline stage, first to last; left out, they are spread as evenly as they go."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sp and self.tp == 1:
+            raise ValueError("sp: true needs tp > 1 (sequence parallelism splits over the tensor-parallel ranks)")
+        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp:
+            raise ValueError(f"layers_per_stage names {len(self.layers_per_stage)} stages, but pp is {self.pp}")
+        return self
+
+
+class ModelConfig(Strict):
+    """One of the two models."""
+
+    path: Path
+    """Hugging Face directory (config.json, safetensors, tokenizer files)."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute and parameter dtype. A bf16 student trains with fp32 master weights."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Parallel layout."""
+    pad_heads: bool = False
+    """Let tp split a head count it does not divide by adding attention heads that are zero and stay zero."""
+
+
+class PromptsConfig(Strict):
+    """A file of prompts: .jsonl, .json (a list) or .parquet."""
+
+    path: Path
+    """The file."""
+    field: str = "prompt"
+    """Name of the field or column that holds the prompt: a string, or a list of chat messages (role, content)."""
+    limit: PositiveInt | None = None
+    """Use only the first so many prompts."""
+    chat_template: bool = True
+    """Wrap the prompt in the tokenizer's chat template; false feeds the raw text."""
+    max_tokens: PositiveInt = 1024
+    """Prompts longer than this many tokens are left out (the number left out is logged)."""
+
+
+class RolloutConfig(Strict):
+    """The student writes responses to prompts with its own current weights."""
+
+    engine: Literal["hf"] = "hf"
+    """hf: transformers' generate in this process, fed from memory after every update."""
+    prompts: PromptsConfig
+    """Training prompts."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts in one training step."""
+    responses_per_prompt: PositiveInt = 2
+    """Responses sampled for each prompt."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; 1 samples from the whole vocabulary."""
+    max_response_tokens: PositiveInt = 1024
+    """Responses are cut at this many tokens."""
+    stop: list[str] = []
+    """Extra stop strings, besides the model's end-of-sequence tokens."""
+    batch_size: PositiveInt = 64
+    """Sequences one engine decodes at a time."""
+    probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest log-probability difference (nats) allowed between engine and trainer on the probe after a weight sync;
+    left out, 1e-3 for an fp32 student and 0.35 for bf16."""
+
+
+class DistillConfig(Strict):
+    """The representation loss (METHOD Eq. 6) and the layer map (Eq. 11)."""
+
+    layers: Literal["all", "last", "even", "odd"] | list[PositiveInt] = "all"
+    """Supervised student layers, 1-based: all, last, even (1, 3, 5, ..), odd (2, 4, 6, ..) or an explicit list.
+    even and odd are named as in the authors' code, which counts from 0."""
+    layer_map: Literal["proportional"] | dict[PositiveInt, PositiveInt] = "proportional"
+    """Teacher layer for each student layer: proportional (Eq. 11) or explicit {student: teacher} pairs. With explicit
+    pairs, `layers: all` means all student layers that the pairs name."""
+    positions: Literal["all", "last", "last_k", "first_k"] = "last_k"
+    """Supervised response positions of each rollout: all, the last one, or min(k, length) at the end or beginning."""
+    k: PositiveInt = 2000
+    """k of last_k and first_k."""
+    position_anchor: Literal["token", "predictor"] = "token"
+    """token: the state after reading y_t (the authors' choice). predictor: the state that predicts y_t, one earlier."""
+    final_state: Literal["post_norm", "pre_norm"] = "post_norm"
+    """State of the last layer: after the final norm (Hugging Face's hidden_states[-1]) or before it."""
+    normalize: Literal["none", "l2"] = "none"
+    """none: raw mean squared error. l2: both vectors scaled to unit length first; needs a coefficient of 100-1000."""
+    coefficient: Annotated[float, Field(gt=0.0)] = 1.0
+    """Factor on the loss."""
+
+
+class OptimizerConfig(Strict):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Peak learning rate."""
+    min_lr: NonNegative = 0.0
+    """Learning rate at the last step."""
+    warmup_fraction: Fraction = 0.03
+    """Share of the steps that warm up linearly."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    clip_grad: NonNegative = 1.0
+    """Global gradient-norm clip; 0 turns it off."""
+    distributed: bool = False
+    """Shard optimizer state over data-parallel ranks (mcore's distributed optimizer)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class CheckpointConfig(Strict):
+    """Checkpoints lie in <run.dir>/checkpoints in Megatron's layout (iter_0000010/, torch_dist)."""
+
+    every: Annotated[int, Field(ge=0)] = 50
+    """Save every so many steps and at the end; 0 saves only at the end."""
+    keep: PositiveInt | None = None
+    """Keep only the newest so many checkpoints; left out, all."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest complete checkpoint of the run directory, if there is one. never: refuse to start
+    in a directory that holds one."""
+
+
+class EvalConfig(Strict):
+    """Held-out evaluation: the teacher answers the prompts once; KL(teacher || student), cross-entropy per token and
+    cosine per layer are then measured on those answers."""
+
+    prompts: PromptsConfig
+    """Held-out prompts; a prompt that is also a training prompt is refused."""
+    every: Annotated[int, Field(ge=0)] = 10
+    """Evaluate every so many steps, besides before the first and after the last; 0 turns the ones between off."""
+    max_response_tokens: PositiveInt = 64
+    """Teacher answers are cut at this many tokens."""
+    micro_batch_size: PositiveInt = 4
+    """Sequences scored at a time."""
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Student answers (greedy) shown before and after."""
+
+
+class LoggingConfig(Strict):
+    """metrics.jsonl is always written to the run directory."""
+
+    tensorboard: bool = True
+    """Also write TensorBoard event files to <run.dir>/tensorboard."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+
+
+class RunSection(Strict):
+    """What every run has."""
+
+    dir: Path
+    """Run directory: config, metrics, checkpoints, exported student, report."""
+    seed: int = 1234
+    """Seed of prompt order and sampling. The rollouts do not depend on the parallel layout."""
+    steps: PositiveInt = 500
+    """Training steps in all, also when resumed."""
+    micro_batch_size: PositiveInt = 1
+    """Rollouts in one forward and backward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where a GPU answers, else cpu with gloo."""
+    export: bool = True
+    """Write the student as a Hugging Face directory to <run.dir>/student_hf at the end."""
+
+
+class RunConfig(Strict):
+    """One run, whole."""
+
+    run: RunSection
+    """Directory, seed, steps."""
+    teacher: ModelConfig
+    """The frozen model."""
+    student: ModelConfig
+    """The model that is trained."""
+    rollout: RolloutConfig
+    """How the student's text is made."""
+    distill: DistillConfig = DistillConfig()
+    """What is aligned."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the student moves."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept."""
+    eval: EvalConfig | None = None
+    """Held-out evaluation; left out, there is none."""
+    logging: LoggingConfig = LoggingConfig()
+    """What is written down."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        mine, theirs = self.student.parallel, self.teacher.parallel
+        if (mine.tp, mine.pp, mine.dp, mine.sp) != (theirs.tp, theirs.pp, theirs.dp, theirs.sp):
+            raise ValueError(
+                "teacher.parallel and student.parallel differ in tp, pp, dp or sp; this version needs them equal "
+                "(layers_per_stage may differ)"
+            )
+        rollouts = self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+        if rollouts % self.run.micro_batch_size:
+            raise ValueError(
+                f"rollout.prompts_per_step x responses_per_prompt = {rollouts} is not a multiple of "
+                f"run.micro_batch_size {self.run.micro_batch_size}"
+            )
+        return self
