@@ -1,0 +1,192 @@
+"""Reading a Hugging Face directory: every check before the first byte of a weight, then slices on demand.
+
+`check_model` answers "can this directory be loaded?" from config.json and the safetensors headers alone, in seconds for
+any size of model. `HFReader.read` then reads one slice of one tensor, so a rank touches only what it holds.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoints_conversion.architecture import Architecture
+from checkpoints_conversion.families import mappings_for, read_architecture
+from oprd_megatron.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
+
+
+class HFReader:
+    """The tensors of one Hugging Face directory, by name. Use as a context manager: it keeps the files open."""
+
+    def __init__(self, hf_dir: str | Path) -> None:
+        """Open every weight file and read the headers.
+
+        Raises:
+            CheckpointError: the directory, the weights or a file named by the index is missing, unfinished or broken.
+        """
+        self.hf_dir = Path(hf_dir)
+        self._file_of: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
+        for path, expected_names in _weight_files(self.hf_dir).items():
+            handle = _open(path)
+            self._handles[path] = handle
+            names = set(handle.keys())
+            absent = sorted(expected_names - names)
+            if absent:
+                raise CheckpointError(
+                    f"{path}: {INDEX_FILE} places {absent[0]} here, but it is not; download both again"
+                )
+            for name in names:
+                if name in self._file_of:
+                    raise CheckpointError(
+                        f"{path}: {name} is in {self._file_of[name].name} as well; delete the stale file"
+                    )
+                self._file_of[name] = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files; the reader cannot read afterwards."""
+        self._handles.clear()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors in the directory."""
+        return frozenset(self._file_of)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors spells it ("BF16"), from the header."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """`start:stop` of a tensor along `dim` (0 or 1), on the CPU in the file's dtype; an empty range is allowed."""
+        index = (slice(None),) * dim + (slice(start, stop),)
+        return self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
+
+
+def check_model(hf_dir: str | Path) -> Architecture:
+    """Check a whole model directory without reading any weight.
+
+    Raises:
+        CheckpointError: what `read_architecture` and `check_tensors` refuse.
+    """
+    arch = read_architecture(hf_dir)
+    with HFReader(hf_dir) as reader:
+        check_tensors(reader, arch)
+    return arch
+
+
+def check_tensors(reader: HFReader, arch: Architecture) -> None:
+    """Compare names, shapes and dtypes in the files with what the family's table expects.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of the wrong shape or not a float weight; it is named.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for mapping in mappings_for(arch).values():
+        expected.update(mapping.hf_shapes)
+
+    missing = [name for name in expected if name not in reader.names]
+    if missing:
+        raise CheckpointError(
+            f"{reader.hf_dir}: {len(missing)} tensors are missing, first {missing[0]}; download it again"
+        )
+    unexpected = sorted(name for name in reader.names - expected.keys() if not _is_ignored(name, arch))
+    if unexpected:
+        name = unexpected[0]
+        raise CheckpointError(
+            f"{reader.file_of(name)}: {len(unexpected)} tensors no {arch.family} model has, first {name}; "
+            "check that config.json belongs to these weights"
+        )
+    for name, shape in expected.items():
+        if reader.shape(name) != shape:
+            raise CheckpointError(
+                f"{reader.file_of(name)}: {name} is {list(reader.shape(name))}, but config.json implies {list(shape)}; "
+                "check that config.json belongs to these weights"
+            )
+        if reader.dtype(name) not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{reader.file_of(name)}: {name} is {reader.dtype(name)}; quantized weights are not supported, "
+                "use a float32, float16 or bfloat16 model"
+            )
+
+
+def _is_ignored(name: str, arch: Architecture) -> bool:
+    """Tensors that some files hold and no model reads: old rotary buffers, the second copy of a tied head."""
+    return name.endswith(".rotary_emb.inv_freq") or (arch.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _weight_files(hf_dir: Path) -> dict[Path, set[str]]:
+    """Every weight file, with the tensors the index says it holds (none known for a single file).
+
+    transformers prefers model.safetensors over an index, and so does this.
+    """
+    if not hf_dir.is_dir():
+        raise CheckpointError(f"{hf_dir}: no such model directory; give the directory that holds config.json")
+    unfinished = sorted(hf_dir.glob("*.incomplete"))
+    if unfinished:
+        raise CheckpointError(f"{unfinished[0]}: an unfinished download; finish it, or delete the file if it is stale")
+    if (hf_dir / SINGLE_FILE).is_file():
+        return {hf_dir / SINGLE_FILE: set()}
+    if not (hf_dir / INDEX_FILE).is_file():
+        raise _no_weights(hf_dir)
+
+    files: dict[Path, set[str]] = {}
+    for name, file_name in sorted(_read_index(hf_dir / INDEX_FILE).items()):
+        files.setdefault(hf_dir / file_name, set()).add(name)
+    absent = sorted(path for path in files if not path.is_file())
+    if absent:
+        raise CheckpointError(f"{absent[0]}: missing ({len(absent)} of {len(files)} shards are); finish the download")
+    return files
+
+
+def _no_weights(hf_dir: Path) -> CheckpointError:
+    if any(hf_dir.glob("pytorch_model*.bin*")):
+        return CheckpointError(
+            f"{hf_dir}: only pytorch_model.bin weights; rewrite them as safetensors once with "
+            "transformers: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)"
+        )
+    return CheckpointError(f"{hf_dir}: neither {SINGLE_FILE} nor {INDEX_FILE}; finish the download")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """`weight_map` of an index: file name by tensor name."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors index ({error!r}); download it again") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map is not an object of file names; download it again")
+    return weight_map
+
+
+def _open(path: Path) -> Any:
+    """Open one safetensors file; its header is checked against the size of the file."""
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: truncated or damaged safetensors file ({reason}); download it again") from error

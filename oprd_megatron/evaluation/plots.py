@@ -1,0 +1,259 @@
+"""The report's figures: each function takes records and returns one inline SVG, or None where there is nothing to show.
+
+The SVGs are transparent and draw text and axes in `currentColor`, so that the page's light or dark theme applies to
+them; the data's colours read well on both. Nothing in them refers to anything outside the page.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+Records = Sequence[dict[str, Any]]
+
+BLUE, ORANGE, GREEN, GRAY = "#3b82f6", "#f08c1a", "#16a37b", "#8b95a5"
+PHASES = {
+    "rollout": BLUE,
+    "teacher": ORANGE,
+    "exchange": "#c65bcf",
+    "student": GREEN,
+    "optimizer": "#e5534b",
+    "sync": "#c9a227",
+    "probe": "#38b2c9",
+}
+INK = "#0a0b0c"  # stands for currentColor until the SVG is written
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.13,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+    "grid.color": INK,
+}
+
+
+def column(records: Records, *keys: str) -> np.ndarray:
+    """One number of every record (nested by keys) as floats; NaN where it is missing or null."""
+    values = []
+    for record in records:
+        node: Any = record
+        for key in keys:
+            node = node.get(key) if node else None
+        values.append(np.nan if node is None else float(node))
+    return np.array(values)
+
+
+def training_seconds(train: Records) -> np.ndarray:
+    """Seconds of each step: the sum of its phases."""
+    return np.array([sum(record.get("seconds", {}).values()) for record in train])
+
+
+def loss_plot(train: Records) -> str | None:
+    """Training loss and mean cosine over steps."""
+    if not train:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = _axes(2)
+        loss = column(train, "loss")
+        _line(left, train, loss, BLUE)
+        _log_if_wide(left, loss)
+        _line(right, train, column(train, "cosine"), GREEN)
+        left.set(title="loss", xlabel="step")
+        right.set(title="cosine, mean over layers", xlabel="step")
+        return _svg(figure)
+
+
+def held_out_plot(train: Records, evals: Records) -> str | None:
+    """KL and cross-entropy of every evaluation, over steps and over training time."""
+    if not evals:
+        return None
+    steps, elapsed = column(train, "step"), np.cumsum(training_seconds(train))
+    minutes = np.array([np.max(elapsed[steps <= record["step"]], initial=0.0) / 60 for record in evals])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(2, rows=2)
+        for row, (key, title, color) in enumerate(
+            (("kl", "KL(teacher || student), nats per token", BLUE), ("cross_entropy", "cross-entropy", ORANGE))
+        ):
+            for axis, x, label in zip(
+                axes[row], (column(evals, "step"), minutes), ("step", "minutes of training"), strict=True
+            ):
+                axis.plot(x, column(evals, key), color=color, marker="o")
+                _round_ticks(axis, x, integer=label == "step")
+                axis.set(title=title, xlabel=label)
+        return _svg(figure)
+
+
+def cosine_heat_map(train: Records, evals: Records) -> str | None:
+    """Cosine of every layer over steps: left on the training rollouts, right on the held-out answers."""
+    panels = [
+        (title, [record for record in records if record.get("layers")])
+        for title, records in (("training", train), ("held-out", evals))
+    ]
+    panels = [(title, records) for title, records in panels if records]
+    if not panels:
+        return None
+    grids = [_layer_grid(records, "cosine") for _, records in panels]
+    lowest = min(float(np.nanmin(grid, initial=1.0)) for grid in grids)
+    num_layers = max(len(grid) for grid in grids)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = _axes(len(panels), height=min(1.6 + 0.16 * num_layers, 7.0))
+        for axis, grid, (title, records) in zip(axes, grids, panels, strict=True):
+            image = axis.imshow(
+                grid, aspect="auto", origin="lower", cmap="viridis", vmin=lowest, vmax=1.0, interpolation="nearest"
+            )
+            _label_ticks(axis.set_xticks, [record["step"] for record in records], most=8)
+            _label_ticks(axis.set_yticks, records[-1]["layers"]["student"], most=14)
+            axis.set(title=title, xlabel="step", ylabel="student layer")
+        figure.colorbar(image, ax=list(axes), label="cosine", aspect=30, pad=0.02)
+        return _svg(figure)
+
+
+def layers_plot(train: Records) -> str | None:
+    """Norm ratio and mean squared error of every layer, at the first and the last step."""
+    shown = [record for record in train if record.get("layers")]
+    if not shown:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(2)
+        for axis, key, title in zip(
+            axes, ("norm_ratio", "mse"), ("norm ratio, student / teacher", "mean squared error"), strict=True
+        ):
+            for record, color in ((shown[0], GRAY), (shown[-1], BLUE))[-len(shown) :]:
+                values = _layer_grid([record], key)[:, 0]
+                axis.plot(record["layers"]["student"], values, color=color, marker="o", label=f"step {record['step']}")
+            axis.set(title=title, xlabel="student layer")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.legend()
+        axes[0].axhline(1.0, color=INK, alpha=0.5, linewidth=1, linestyle="--")
+        _log_if_wide(axes[1], _layer_grid([shown[0], shown[-1]], "mse"))
+        return _svg(figure)
+
+
+def response_plot(train: Records) -> str | None:
+    """Length of the sampled responses, and the share that ended by themselves."""
+    if not train:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = _axes(2)
+        _line(left, train, column(train, "response_length", "max"), GRAY, "longest")
+        _line(left, train, column(train, "response_length", "mean"), BLUE, "mean")
+        left.set(title="response length, tokens", xlabel="step")
+        left.set_ylim(bottom=0)
+        left.legend(loc="lower right")
+        _line(right, train, column(train, "response_length", "finished"), GREEN)
+        right.set(title="finished before the limit, share", xlabel="step", ylim=(-0.03, 1.03))
+        return _svg(figure)
+
+
+def time_plot(train: Records) -> str | None:
+    """Seconds of every step, stacked by phase."""
+    names = list(dict.fromkeys(name for record in train for name in record.get("seconds", {})))
+    if not names:
+        return None
+    steps = column(train, "step")
+    heights = [np.nan_to_num(column(train, "seconds", name)) for name in names]
+    colors = [PHASES.get(name, GRAY) for name in names]
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _axes(1)
+        if len(train) > 60:
+            axis.stackplot(steps, heights, colors=colors, labels=names, linewidth=0)
+        else:
+            base = np.zeros(len(train))
+            for name, height, color in zip(names, heights, colors, strict=True):
+                axis.bar(steps, height, bottom=base, color=color, label=name, width=0.85)
+                base = base + height
+        axis.set(title="seconds per step", xlabel="step")
+        _round_ticks(axis, steps)
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+        return _svg(figure)
+
+
+def optimizer_plot(train: Records) -> str | None:
+    """Learning rate and gradient norm (before the clip) over steps."""
+    if not train:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, (left, right) = _axes(2)
+        _line(left, train, column(train, "lr"), BLUE)
+        _line(right, train, column(train, "grad_norm"), ORANGE)
+        left.set(title="learning rate", xlabel="step")
+        left.yaxis.set_major_formatter("{x:g}")
+        right.set(title="gradient norm", xlabel="step")
+        return _svg(figure)
+
+
+def _axes(columns: int, rows: int = 1, height: float | None = None) -> tuple[Figure, Any]:
+    """A figure of the page's width and its axes: a row of them, or rows of rows."""
+    layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
+    figure = Figure(figsize=(9.2, height or 2.6 * rows), layout=layout)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes[0] if rows == 1 else axes
+
+
+def _line(axis: Axes, records: Records, values: np.ndarray, color: str, label: str | None = None) -> None:
+    """A line over steps, with markers while there are few points."""
+    steps = column(records, "step")
+    axis.plot(steps, values, color=color, label=label, marker="o" if len(records) <= 30 else None)
+    _round_ticks(axis, steps)
+
+
+def _round_ticks(axis: Axes, values: np.ndarray, integer: bool = True) -> None:
+    """Few, round ticks; a single value is the only one."""
+    if len(values) == 1:
+        axis.set_xticks(values)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=1, integer=integer))
+
+
+def _log_if_wide(axis: Axes, values: np.ndarray) -> None:
+    """A log scale where positive values span more than a factor of ten."""
+    lowest, highest = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=0.0)
+    if lowest <= 0 or highest <= 10 * lowest:
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
+def _label_ticks(set_ticks: Any, labels: Sequence[int], most: int) -> None:
+    """Ticks at the cells' indices, named by what the cells stand for; at most so many."""
+    indices = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), most)).round().astype(int))
+    set_ticks(indices, [str(labels[index]) for index in indices])
+
+
+def _layer_grid(records: Records, key: str) -> np.ndarray:
+    """[layers, records], NaN where a value is null."""
+    return np.array([record["layers"][key] for record in records], dtype=float).T
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that stands alone inside an HTML page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML knows the SVG namespaces
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # numbered anew in each figure, and never referred to
+    return text.replace(INK, "currentColor")

@@ -1,0 +1,209 @@
+"""One self-contained HTML page about a run: what changed, how it went, what it cost.
+
+Works on a run that is still going or was stopped: what has not been measured yet is said so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from oprd_megatron.errors import UserError
+from oprd_megatron.evaluation import plots
+from oprd_megatron.logging.jsonl import read_records, write_atomically
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """The records of a run's metrics.jsonl, by kind and in order; `summary` is None until the run has ended."""
+
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, run_dir: Path) -> RunRecords:
+        """Read <run_dir>/metrics.jsonl.
+
+        Raises:
+            UserError: there is no such file, or it holds no record.
+        """
+        path = run_dir / "metrics.jsonl"
+        records = read_records(path)
+        if not records:
+            raise UserError(f"{path}: holds no record yet; train at least one step or evaluate first")
+        of_kind = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval", "summary")}
+        # A run that was extended after it ended has a summary of its earlier end: not this one's.
+        last_step = max(record["step"] for record in records)
+        summaries = [record for record in of_kind["summary"] if record["step"] == last_step]
+        return cls(of_kind["train"], of_kind["eval"], summaries[-1] if summaries else None)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write <run_dir>/report.html from the run's metrics.jsonl and config.yaml.
+
+    Returns:
+        Path of the page. It replaces an older one as a whole.
+
+    Raises:
+        UserError: the directory holds no metrics.
+    """
+    run_dir = Path(run_dir)
+    records = RunRecords.read(run_dir)
+    config_file = run_dir / "config.yaml"
+    config_text = config_file.read_text() if config_file.exists() else ""
+    config = yaml.safe_load(config_text) or {}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("oprd_megatron.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=run_dir.resolve().name,
+        status=_status(records, config),
+        headlines=_headlines(records),
+        sections=_sections(records),
+        samples=_samples(records.evals),
+        facts=_facts(records, config),
+        config_text=config_text,
+    )
+    path = run_dir / "report.html"
+    write_atomically(path, page)
+    return path
+
+
+def _status(records: RunRecords, config: dict[str, Any]) -> str:
+    """How far the run is, in a few words."""
+    done = records.train[-1]["step"] if records.train else 0
+    total = config.get("run", {}).get("steps")
+    steps = f"{done} of {total} steps" if total else f"{done} steps"
+    return f"{steps}, {'finished' if records.summary else 'not finished when this page was written'}"
+
+
+def _headlines(records: RunRecords) -> list[dict[str, Any]]:
+    """The figures on top: first and last value, the change, and whether it is for the better."""
+    wanted: tuple[tuple[list[dict[str, Any]], str, str, str, int], ...] = (
+        (records.evals, "kl", "held-out KL", "teacher || student, nats per token", -1),
+        (records.evals, "cross_entropy", "held-out cross-entropy", "nats per token", -1),
+        (records.evals, "cosine", "held-out cosine", "mean over layers", +1),
+    )
+    if not records.evals:
+        wanted = (
+            (records.train, "loss", "training loss", "first and last step", -1),
+            (records.train, "cosine", "training cosine", "mean over layers, first and last step", +1),
+        )
+    cards = []
+    for rows, key, label, unit, better in wanted:
+        values = plots.column(rows, key)
+        first, last = (values[0], values[-1]) if len(values) else (np.nan, np.nan)
+        change = last - first
+        relative = f" ({change / first:+.0%})" if better < 0 and first > 0 and np.isfinite(change) else ""
+        cards.append(
+            {
+                "label": label,
+                "unit": unit,
+                "first": _number(first),
+                "last": _number(last),
+                "single": len(values) == 1,
+                "change": f"{change:+.3f}{relative}" if np.isfinite(change) else "",
+                "better": bool(change * better > 0),
+            }
+        )
+    return cards
+
+
+def _sections(records: RunRecords) -> list[dict[str, Any]]:
+    train, evals = records.train, records.evals
+    figures = (
+        (
+            "Held-out distance to the teacher",
+            "Measured on the teacher's own answers to prompts that are not trained on. Lower is closer. Training time "
+            "leaves the evaluations out.",
+            plots.held_out_plot(train, evals),
+        ),
+        ("Training loss", "On the student's own responses of each step.", plots.loss_plot(train)),
+        (
+            "Cosine per layer",
+            "Student state against the state of its mapped teacher layer; brighter is more alike.",
+            plots.cosine_heat_map(train, evals),
+        ),
+        (
+            "Layers at the end",
+            "On the training responses. A norm ratio of 1 means that student and teacher states are equally long.",
+            plots.layers_plot(train),
+        ),
+        ("Responses", "Text that the student sampled to be trained on.", plots.response_plot(train)),
+        ("Time", "Where each step's seconds went.", plots.time_plot(train)),
+        ("Optimizer", "The gradient norm is taken before clipping.", plots.optimizer_plot(train)),
+    )
+    return [
+        {"title": title, "id": _slug(title), "caption": caption, "svg": None if svg is None else Markup(svg)}
+        for title, caption, svg in figures
+    ]
+
+
+def _samples(evals: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Prompt, the student's answers before and after ("" where there is no second evaluation), the teacher's."""
+    shown = [record["samples"] for record in evals if record.get("samples")]
+    if not shown:
+        return []
+    afters = shown[-1] if len(shown) > 1 else [{"response": ""}] * len(shown[0])
+    return [
+        {
+            "prompt": before["prompt"],
+            "before": before["response"],
+            "after": after["response"],
+            "teacher": before["teacher"],
+        }
+        for before, after in zip(shown[0], afters, strict=False)
+    ]
+
+
+def _facts(records: RunRecords, config: dict[str, Any]) -> list[tuple[str, str]]:
+    train, summary = records.train, records.summary
+    seconds = plots.training_seconds(train).sum()
+    facts: list[tuple[str, str]] = [(role, config[role]["path"]) for role in ("teacher", "student") if role in config]
+    facts.append(("steps", f"{train[-1]['step'] if train else 0}"))
+    if summary:
+        facts += [
+            ("wall time", _duration(summary["wall_seconds"])),
+            ("peak memory, all ranks", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("ranks", f"{summary['ranks']}"),
+            ("exported student", summary["export"] or "none"),
+        ]
+    if train:
+        facts += [
+            ("time in training steps", _duration(seconds)),
+            ("supervised tokens", f"{np.nansum(plots.column(train, 'supervised_tokens')):,.0f}"),
+            ("tokens per second, last step", f"{plots.column(train, 'tokens_per_second')[-1]:,.0f}"),
+        ]
+        probe = plots.column(train, "probe_difference")
+        if np.isfinite(probe).any():
+            facts.append(("largest engine-to-trainer difference", f"{np.nanmax(probe):.2g} nats"))
+    if records.evals:
+        facts.append(("held-out tokens", f"{records.evals[-1]['tokens']:,}"))
+    return facts
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")

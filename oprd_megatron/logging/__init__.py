@@ -1,0 +1,19 @@
+"""What a run writes down: one record (a dict) a step, given to every `Logger` of rank 0.
+
+`memory` is imported by its own name; it is the only module here that may need torch.
+"""
+
+from oprd_megatron.logging.base import Logger, Loggers
+from oprd_megatron.logging.jsonl import JsonlLogger, read_records, write_atomically
+from oprd_megatron.logging.progress import ProgressLogger
+from oprd_megatron.logging.tensorboard import TensorBoardLogger
+
+__all__ = [
+    "JsonlLogger",
+    "Logger",
+    "Loggers",
+    "ProgressLogger",
+    "TensorBoardLogger",
+    "read_records",
+    "write_atomically",
+]

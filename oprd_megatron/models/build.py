@@ -1,0 +1,206 @@
+"""From an `Architecture` (what config.json says) to this rank's part of an mcore GPTModel.
+
+Dense Llama, Qwen2/2.5 and Qwen3, tied or untied. Anything that would change the maths was refused when the
+architecture was read (`checkpoints_conversion`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from checkpoints_conversion import Architecture, Sharding, load_hf_weights
+from checkpoints_conversion.architecture import Llama3Rope
+from oprd_megatron.models.spec import block_spec, has_transformer_engine
+from oprd_megatron.parallel import Grid, GridLayout
+from oprd_megatron.platform import Platform
+
+VOCAB_MULTIPLE = 128
+"""Each tensor-parallel rank's share of the vocabulary is padded to a multiple of this (Megatron's convention)."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the two models, as it lives on this rank.
+
+    Attributes:
+        architecture: what config.json says, unpadded.
+        grid: this model's process groups and layout.
+        sharding: padded sizes and this rank's tensor-parallel shard.
+        config: mcore's configuration.
+        chunks: this rank's GPTModel chunks, first to last (one without virtual pipeline stages).
+    """
+
+    architecture: Architecture
+    grid: Grid
+    sharding: Sharding
+    config: TransformerConfig
+    chunks: list[GPTModel]
+
+
+def tp_divisible(architecture: Architecture, pad_heads: bool) -> dict[str, int]:
+    """What tp has to divide, by name, for `resolve_layout`."""
+    features = {"MLP features": architecture.ffn_hidden_size}
+    if pad_heads:
+        return features
+    hint = "(pad_heads: true would allow it)"
+    return {
+        f"attention heads {hint}": architecture.num_attention_heads,
+        f"key/value heads {hint}": architecture.num_query_groups,
+        **features,
+    }
+
+
+def build_model(
+    architecture: Architecture, grid: Grid, platform: Platform, *, dtype: torch.dtype, hf_dir: Path, frozen: bool
+) -> Model:
+    """Build this rank's shard and load its weights; each rank reads only its own slices.
+
+    Args:
+        architecture: of the model in `hf_dir`.
+        grid: where the model lives.
+        platform: device to build on.
+        dtype: parameters and compute.
+        hf_dir: Hugging Face directory.
+        frozen: no parameter requires a gradient (the teacher).
+
+    Raises:
+        CheckpointError: the weights are missing, torn or of other shapes.
+    """
+    layout = grid.layout
+    sharding = Sharding.smallest(architecture, grid.coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
+    with platform.scope():
+        config = transformer_config(architecture, layout, grid.coords.pp, sharding, dtype, platform)
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(
+                layout.layers_per_stage[grid.coords.pp],
+                qk_norm=architecture.qk_norm,
+                transformer_engine=has_transformer_engine() and platform.is_cuda,
+            ),
+            vocab_size=sharding.vocab_size_padded,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=grid.is_first_stage,
+            post_process=grid.is_last_stage,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            pg_collection=grid.groups,
+        ).to(platform.device)
+        if architecture.rope_scaling is not None:
+            _scale_rope(chunk, architecture.rope_scaling)
+        load_hf_weights([chunk], hf_dir, sharding, architecture)
+    if frozen:
+        chunk.requires_grad_(False).eval()
+    return Model(architecture, grid, sharding, config, [chunk])
+
+
+def transformer_config(
+    architecture: Architecture, layout: GridLayout, stage: int, sharding: Sharding, dtype: torch.dtype, platform: Platform
+) -> TransformerConfig:
+    """mcore's configuration for one rank of the layout. Weights are loaded, never initialised; nothing is fused that
+    needs CUDA kernels of its own."""
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=sharding.num_query_groups_padded * architecture.heads_per_group,
+        num_query_groups=sharding.num_query_groups_padded,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_epsilon,
+        normalization="RMSNorm",
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_model_parallel_layout=StageLayout(layout, stage) if layout.pp > 1 else None,
+        sequence_parallel=layout.sp,
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",  # mcore wants it with variable lengths, also in a dense model
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not platform.is_cuda,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=platform.is_cuda,
+    )
+
+
+class StageLayout(PipelineParallelLayerLayout):
+    """mcore's free pipeline layout, told which stage this rank is.
+
+    mcore calls the two methods below without a stage in places and would then ask its global parallel state, which does
+    not know that two models share this process.
+    """
+
+    def __init__(self, layout: GridLayout, stage: int) -> None:
+        stages = [["decoder"] * count for count in layout.layers_per_stage]
+        stages[0].insert(0, "embedding")
+        stages[-1].append("loss")
+        super().__init__(stages, layout.pp)
+        self.stage = stage
+
+    def get_num_layers_to_build(
+        self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        return super().get_num_layers_to_build(layer_type, vp_stage, self.stage if pp_rank is None else pp_rank)
+
+    def get_layer_offset(
+        self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
+    ) -> int:
+        return super().get_layer_offset(layer_type, vp_stage, self.stage if pp_rank is None else pp_rank)
+
+
+@contextlib.contextmanager
+def without_head(chunk: torch.nn.Module) -> Iterator[None]:
+    """Run a forward that ends with the final hidden state [S, B, D] (after the final norm) instead of logits.
+
+    GPTModel skips its output layer when it is not `post_process`; the decoder keeps its final norm. Only around the
+    forward: mcore's gradient finalisation finds tied embeddings by the same flag.
+    """
+    model = unwrap_model(chunk)
+    flag, model.post_process = model.post_process, False
+    try:
+        yield
+    finally:
+        model.post_process = flag
+
+
+def _scale_rope(chunk: GPTModel, rope: Llama3Rope) -> None:
+    """Llama 3 frequency scaling. mcore passes on only `factor`, so the inverse frequencies are set here (the formula of
+    transformers' `llama3` rope type)."""
+    inv_freq = chunk.rotary_pos_emb.inv_freq
+    wavelength = 2 * math.pi / inv_freq
+    low = rope.original_max_position_embeddings / rope.low_freq_factor
+    high = rope.original_max_position_embeddings / rope.high_freq_factor
+    smooth = (rope.original_max_position_embeddings / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    scaled = torch.where(wavelength > low, inv_freq / rope.factor, torch.where(wavelength < high, inv_freq, blended))
+    chunk.rotary_pos_emb.inv_freq = scaled

@@ -1,0 +1,25 @@
+"""Which token positions of a rollout are supervised. This module owns the position convention.
+
+A sequence is prompt + response; indices are 0-based within it. Response token y_t (t = 1..T) sits at index
+`prompt_length + t - 1`. The state AT y_t, after reading it, has the same index: that is the `token` anchor, the authors'
+slice [-T:]. The state that PREDICTS y_t is one earlier: the `predictor` anchor.
+
+Right padding comes after the response and is never supervised.
+"""
+
+from __future__ import annotations
+
+from oprd_megatron.config.schema import DistillConfig
+
+
+def supervised_positions(prompt_length: int, response_length: int, config: DistillConfig) -> range:
+    """Sequence indices of the supervised states of one rollout, ascending.
+
+    `last_k` and `first_k` take min(k, response_length) tokens. A prompt of length 0 has no state that predicts y_1: with
+    the `predictor` anchor that position is left out.
+    """
+    length = response_length
+    k = {"all": length, "last": min(1, length)}.get(config.positions, min(config.k, length))
+    first = 0 if config.positions == "first_k" else length - k
+    shift = prompt_length - (1 if config.position_anchor == "predictor" else 0)
+    return range(max(0, first + shift), max(0, first + k + shift))

@@ -1,0 +1,170 @@
+"""Prompts as token ids, and the order in which a run reads them.
+
+A file becomes a list of `Prompt`s once, at start-up. After that the prompts of a step are a pure function of
+(seed, step): a resumed run needs no data cursor besides its step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from oprd_megatron.config.schema import PromptsConfig
+from oprd_megatron.errors import DataError
+from oprd_megatron.rollout.prompt_files import Place, Row, read_field
+
+logger = logging.getLogger(__name__)
+
+TOKENIZE_AT_ONCE = 1024
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, ready for the models."""
+
+    index: int
+    """Position in the list that `load_prompts` returned."""
+    text: str
+    """As the file has it, for display."""
+    token_ids: tuple[int, ...]
+    """With the chat template, if one was applied."""
+
+
+def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Read, wrap and tokenise a file of prompts.
+
+    `config.limit` counts rows of the file and stops the reading there. Equal rows are tokenised once and share their
+    ids (the published DAPO-Math-17k repeats each prompt about 100 times: 1.79 million rows).
+
+    Raises:
+        DataError: the file cannot be read, a prompt is malformed (the message names its line), or none is left.
+    """
+    path = config.path
+    if config.chat_template and tokenizer.chat_template is None:
+        raise DataError(
+            f"{path}: chat_template is true, but the tokenizer has no chat template; set chat_template: false to feed "
+            "the raw text, or use a chat model's tokenizer files"
+        )
+    prompts: list[Prompt] = []
+    known: dict[str, tuple[int, ...]] = {}
+    rows = islice(read_field(path, config.field), config.limit)
+    num_rows = 0
+    while chunk := list(islice(rows, TOKENIZE_AT_ONCE)):
+        num_rows += len(chunk)
+        shown, wrapped = zip(*(_texts(row, config, tokenizer) for row in chunk), strict=True)
+        _tokenize(wrapped, known, tokenizer, special=not config.chat_template)
+        for text, full_text in zip(shown, wrapped, strict=True):
+            if len(known[full_text]) <= config.max_tokens:
+                prompts.append(Prompt(len(prompts), text, known[full_text]))
+    if num_rows == 0:
+        raise DataError(f"{path}: holds no prompts")
+    if not prompts:
+        raise DataError(f"{path}: all {num_rows} prompts are over max_tokens {config.max_tokens}; raise max_tokens")
+    if len(prompts) < num_rows:
+        logger.warning("%s: left out %d of %d prompts, over %d tokens", path, num_rows - len(prompts), num_rows,
+                       config.max_tokens)  # fmt: skip
+    return prompts
+
+
+def refuse_overlap(train: list[Prompt], held_out: list[Prompt], path: Path | str) -> None:
+    """Held-out prompts must not be trained on.
+
+    Args:
+        train: Training prompts.
+        held_out: Held-out prompts.
+        path: The held-out file, for the message.
+
+    Raises:
+        DataError: a held-out prompt has the token ids of a training prompt.
+    """
+    trained = {prompt.token_ids for prompt in train}
+    shared = [prompt for prompt in held_out if prompt.token_ids in trained]
+    if shared:
+        text = shared[0].text if len(shared[0].text) <= 60 else shared[0].text[:57] + "..."
+        raise DataError(
+            f"{path}: {len(shared)} of {len(held_out)} held-out prompts are training prompts too, the first is {text!r}"
+            "; remove them from one of the files"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def prompt_order(num_prompts: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of one epoch: a permutation of range(num_prompts) that depends on nothing but the arguments."""
+    return tuple(np.random.default_rng([seed, epoch]).permutation(num_prompts).tolist())
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Shuffled epochs over a list of prompts, without state.
+
+    Each epoch holds every prompt once. A batch may cross into the next epoch; only there can it hold a prompt twice.
+    """
+
+    prompts: list[Prompt]
+    seed: int
+
+    def batch(self, step: int, prompts_per_step: int) -> list[Prompt]:
+        """The prompts of one step; steps count from 0."""
+        return [self._at(step * prompts_per_step + offset) for offset in range(prompts_per_step)]
+
+    def _at(self, position: int) -> Prompt:
+        epoch, slot = divmod(position, len(self.prompts))
+        return self.prompts[prompt_order(len(self.prompts), self.seed, epoch)[slot]]
+
+
+def _texts(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """(text to show, text to tokenise) of one row."""
+    place, value = row
+    messages = _messages(value, place, config.field)
+    shown = (
+        messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    )
+    if config.chat_template:
+        return shown, _wrap(messages, place, tokenizer)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place}: {config.field!r} is a list of chat messages; set chat_template: true, or give a string"
+        )
+    return shown, value
+
+
+def _messages(value: Any, place: Place, field: str) -> list[Message]:
+    """The prompt as chat messages; a string is one message of the user."""
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise DataError(
+            f"{place}: {field!r} must be a string or a list of chat messages {{role, content}} of strings; "
+            f"it is {str(value)[:60]!r}"
+        )
+    if not any(message["content"].strip() for message in messages):
+        raise DataError(f"{place}: {field!r} is empty")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _wrap(messages: list[Message], place: Place, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except jinja2.TemplateError as error:
+        raise DataError(f"{place}: the tokenizer's chat template refuses this prompt ({error})") from None
+
+
+def _tokenize(
+    texts: tuple[str, ...], known: dict[str, tuple[int, ...]], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> None:
+    """Add the ids of `texts` to `known`. A chat template writes its own special tokens: `special` is then False."""
+    new = list(dict.fromkeys(text for text in texts if text not in known))
+    if new:
+        known.update(zip(new, map(tuple, tokenizer(new, add_special_tokens=special)["input_ids"]), strict=True))

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs the tests in <checkout>/.venv, which it makes on its first start.
+#
+#   bash tools/test.sh [--fast] [pytest arguments]
+#
+# --fast leaves out the tests marked slow (more than a minute each).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection=()
+if [[ "${1:-}" == --fast ]]; then
+    selection=(-m "not slow")
+    shift
+fi
+# shellcheck source=tools/setup_env.sh
+source tools/setup_env.sh demo,dev
+
+# Several ranks share the cores in the multi-process tests: one thread each.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"
