@@ -114,7 +114,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
         raise CheckpointError(
             f"{reader.hf_dir}: {len(missing)} tensors are missing, first {missing[0]}; download it again"
         )
-    unexpected = sorted(name for name in reader.names - expected.keys() if not _is_ignored(name, arch))
+    unexpected = sorted(name for name in reader.names - expected.keys() if not _is_ignored(name))
     if unexpected:
         name = unexpected[0]
         raise CheckpointError(
@@ -134,9 +134,12 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
             )
 
 
-def _is_ignored(name: str, arch: Architecture) -> bool:
-    """Tensors that some files hold and no model reads: old rotary buffers, the second copy of a tied head."""
-    return name.endswith(".rotary_emb.inv_freq") or (arch.tie_word_embeddings and name == "lm_head.weight")
+def _is_ignored(name: str) -> bool:
+    """Tensors that some files hold and no model reads: old rotary buffers, the second copy of a tied head.
+
+    Asked only about names that the table does not expect, so an untied head is never ignored.
+    """
+    return name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
 def _weight_files(hf_dir: Path) -> dict[Path, set[str]]:

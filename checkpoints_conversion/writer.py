@@ -98,7 +98,7 @@ def _write_weights(
         pending.clear()
 
     for name, tensor in tensors:
-        # A copy of its own: safetensors refuses tensors that share memory, and the stream reuses its buffers.
+        # A copy of its own: a streamed tensor may be a view of the model or of a buffer that is used again.
         owned = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         if pending and pending_bytes + owned.nbytes > max_shard_bytes:
             flush()

@@ -18,6 +18,7 @@ import sys
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from oprd_megatron.errors import CheckpointError, UserError
 
@@ -67,7 +68,7 @@ def _convert(gguf_path: Path, out_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, LlamaForCausalLM
 
-    source = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
     read = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
@@ -84,7 +85,7 @@ def _convert(gguf_path: Path, out_dir: Path) -> None:
     tokenizer.save_pretrained(out_dir)
 
 
-def _split_digits(tokenizer) -> None:
+def _split_digits(tokenizer: Any) -> None:
     """SmolLM2 reads numbers digit by digit (`tokenizer.ggml.pre: smollm`); transformers' GGUF reader drops that."""
     from tokenizers import pre_tokenizers
 

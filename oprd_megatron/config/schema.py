@@ -170,7 +170,9 @@ class EvalConfig(Strict):
     every: Annotated[int, Field(ge=0)] = 10
     """Evaluate every so many steps, besides before the first and after the last; 0 turns the ones between off."""
     max_response_tokens: PositiveInt = 64
-    """Teacher answers are cut at this many tokens."""
+    """Answers are cut at this many tokens."""
+    temperature: NonNegative = 1.0
+    """The teacher's answers are sampled at this temperature, with a fixed seed; 0 is greedy."""
     micro_batch_size: PositiveInt = 4
     """Sequences scored at a time."""
     samples: Annotated[int, Field(ge=0)] = 3
@@ -192,9 +194,11 @@ class RunSection(Strict):
     dir: Path
     """Run directory: config, metrics, checkpoints, exported student, report."""
     seed: int = 1234
-    """Seed of prompt order and sampling. The rollouts do not depend on the parallel layout."""
+    """Seed of prompt order and sampling. In fp32 the rollouts do not depend on the layout."""
     steps: PositiveInt = 500
     """Training steps in all, also when resumed."""
+    stop_at: PositiveInt | None = None
+    """Stop with a checkpoint after this step; the learning-rate schedule still spans `steps`. For jobs in parts."""
     micro_batch_size: PositiveInt = 1
     """Rollouts in one forward and backward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,7 +64,14 @@ def tp_divisible(architecture: Architecture, pad_heads: bool) -> dict[str, int]:
 
 
 def build_model(
-    architecture: Architecture, grid: Grid, platform: Platform, *, dtype: torch.dtype, hf_dir: Path, frozen: bool
+    architecture: Architecture,
+    grid: Grid,
+    platform: Platform,
+    *,
+    dtype: torch.dtype,
+    hf_dir: Path,
+    frozen: bool,
+    vocab_size: int = 0,
 ) -> Model:
     """Build this rank's shard and load its weights; each rank reads only its own slices.
 
@@ -75,12 +82,15 @@ def build_model(
         dtype: parameters and compute.
         hf_dir: Hugging Face directory.
         frozen: no parameter requires a gradient (the teacher).
+        vocab_size: pad the vocabulary as for this many ids, if that is more than the model's own. Two models that are
+            padded alike have equal vocabulary shards.
 
     Raises:
         CheckpointError: the weights are missing, torn or of other shapes.
     """
     layout = grid.layout
-    sharding = Sharding.smallest(architecture, grid.coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
+    padded_as = replace(architecture, vocab_size=max(vocab_size, architecture.vocab_size))
+    sharding = Sharding.smallest(padded_as, grid.coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
     with platform.scope():
         config = transformer_config(architecture, layout, grid.coords.pp, sharding, dtype, platform)
         chunk = GPTModel(

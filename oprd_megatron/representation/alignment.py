@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from oprd_megatron.config.schema import DistillConfig
-from oprd_megatron.models import Model, run_schedule
+from oprd_megatron.models import Model, no_output_loss, run_schedule
+from oprd_megatron.models.schedule import OnOutput
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.batch import BatchPlan, Sample, plan_batch, token_blocks
 from oprd_megatron.representation.exchange import Outbox, Targets, exchange
@@ -74,8 +75,9 @@ class Alignment:
         layouts = self.teacher.grid.layout, self.student.grid.layout
         return plan_batch(samples, self.pairs, *layouts, self.config, self.micro_batch_size)
 
-    def teacher_states(self, plan: BatchPlan) -> Outbox:
-        """The teacher's forward over its micro-batches; supervised rows only are kept. No LM head is called."""
+    def teacher_states(self, plan: BatchPlan, on_output: OnOutput = no_output_loss) -> Outbox:
+        """The teacher's forward over its micro-batches; supervised rows only are kept. No LM head is called; `on_output`
+        sees the last stage's final hidden states."""
         outbox = Outbox(
             plan.transfers,
             plan.teacher.tokens,
@@ -88,7 +90,7 @@ class Alignment:
         taps = attach_taps(self.teacher, layers, self.config.final_state, outbox.put)
         blocks = token_blocks(plan.samples, plan.teacher.arrangement, self.teacher.grid.coords.dp)
         try:
-            run_schedule(self.teacher, self.platform, blocks, forward_only=True)
+            run_schedule(self.teacher, self.platform, blocks, forward_only=True, on_output=on_output)
         finally:
             for tap in taps:
                 tap.remove()
@@ -99,9 +101,15 @@ class Alignment:
         return exchange(outbox, plan.student.tokens)
 
     def student_pass(
-        self, plan: BatchPlan, targets: Targets, *, chunks: Sequence[torch.nn.Module] | None = None, train: bool
+        self,
+        plan: BatchPlan,
+        targets: Targets,
+        *,
+        train: bool,
+        chunks: Sequence[torch.nn.Module] | None = None,
+        on_output: OnOutput = no_output_loss,
     ) -> dict[int, torch.Tensor]:
-        """The student's forward, and with `train` the backward of Eq. 6 into its gradients.
+        """The student's forward, and with `train` the backward of Eq. 6 into its gradients. No LM head is called.
 
         Returns:
             This rank's {student layer: sums of `ALIGNMENT_FIELDS`}; `reduce` makes a report of them.
@@ -118,7 +126,9 @@ class Alignment:
         taps = attach_taps(self.student, aligner.teacher_layer, self.config.final_state, aligner.on_state)
         blocks = token_blocks(plan.samples, plan.student.arrangement, self.student.grid.coords.dp)
         try:
-            run_schedule(self.student, self.platform, blocks, forward_only=not train, chunks=chunks)
+            run_schedule(
+                self.student, self.platform, blocks, forward_only=not train, chunks=chunks, on_output=on_output
+            )
         finally:
             for tap in taps:
                 tap.remove()

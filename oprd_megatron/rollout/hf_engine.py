@@ -46,6 +46,7 @@ class HFEngine:
         # Nothing of the directory's sampling defaults may leak in: `generate` fills unset options from this one.
         self._model.generation_config = GenerationConfig()
 
+    @torch.no_grad()
     def update_weights(self, version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Copy every weight in place.
 

@@ -156,6 +156,19 @@ def test_an_update_is_strict(llama: tuple[Path, PreTrainedModel]) -> None:
     assert engine.generate(make_requests(PROMPTS, 1), SHORT, 0)[0].weight_version == 3
 
 
+def test_an_update_takes_trainable_parameters(llama: tuple[Path, PreTrainedModel]) -> None:
+    """Weights that require grad are copied by value: the engine's stay outside any graph and keep their values."""
+    hf_dir, model = llama
+    trained = {name: weight.clone().requires_grad_() for name, weight in weights_of(model)}
+    engine = HFEngine(hf_dir, torch.float32, "cpu", 4)
+    engine.update_weights(1, iter(trained.items()))
+    before = engine.score([[5, 6, 7]])[0]
+    assert not any(weight.requires_grad for weight in engine._model.parameters())
+    with torch.no_grad():
+        trained["model.norm.weight"].zero_()
+    assert torch.equal(engine.score([[5, 6, 7]])[0], before)
+
+
 def test_a_fresh_engine_refuses_to_work(llama: tuple[Path, PreTrainedModel]) -> None:
     """Uninitialised parameters never write text."""
     with pytest.raises(WeightSyncError, match="has no weights"):

@@ -1,0 +1,93 @@
+"""Held-out evaluation: how far the student is from the teacher on text that the teacher wrote.
+
+The teacher answers the held-out prompts once, sampled with a fixed seed. On these answers, per token:
+KL(teacher || student) over the whole vocabulary, the student's cross-entropy, and the cosine of every supervised layer
+pair at the run's own positions. The answers are scored a few micro-batches at a time, so that memory does not
+grow with their number, and by one forward of each model: the head is applied to final hidden states in chunks of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from oprd_megatron.models import Model
+from oprd_megatron.objectives.final_states import FinalStates
+from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather, vocab_parallel_kl
+from oprd_megatron.representation.alignment import Alignment
+from oprd_megatron.representation.batch import Sample
+
+
+def evaluate(alignment: Alignment, answers: Sequence[Sample], step: int) -> dict[str, Any]:
+    """Score the student on the teacher's answers. Collective; every rank returns the same record.
+
+    Args:
+        alignment: teacher and student; its `micro_batch_size` is the number of answers scored at a time.
+        answers: the teacher's answers to the held-out prompts.
+        step: finished training steps.
+
+    Returns:
+        {"kind": "eval", "step", "kl", "cross_entropy", "cosine", "tokens", "seconds", "layers": {..}}; kl and
+        cross_entropy in nats a token.
+    """
+    start = time.perf_counter()
+    totals = torch.zeros(3, dtype=torch.float64)
+    sums: dict[int, torch.Tensor] = {}
+    for samples in _portions(answers, alignment):
+        part, layer_sums = _score(alignment, samples)
+        totals += part
+        for layer, value in layer_sums.items():
+            sums[layer] = sums.get(layer, 0) + value
+    report = alignment.reduce(sums)
+    dist.all_reduce(totals)
+    divergence, cross_entropy, tokens = totals.tolist()
+    return {
+        "kind": "eval",
+        "step": step,
+        "kl": divergence / tokens,
+        "cross_entropy": cross_entropy / tokens,
+        "cosine": report.mean_cosine,
+        "tokens": int(tokens),
+        "seconds": time.perf_counter() - start,
+        "layers": {"student": report.student_layers, "teacher": report.teacher_layers, "cosine": report.cosine},
+    }
+
+
+def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[Sample]]:
+    """Answers in portions that fill the pipeline once; the last is filled up with samples without a response, which are
+    not scored."""
+    layout = alignment.student.grid.layout
+    unit = alignment.micro_batch_size * layout.dp
+    size = unit * layout.pp
+    for first in range(0, len(answers), size):
+        portion = list(answers[first : first + size])
+        filler = Sample(portion[0].prompt_ids, ())
+        yield portion + [filler] * (-len(portion) % unit)
+
+
+def _score(alignment: Alignment, samples: list[Sample]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """This rank's [KL, cross-entropy, tokens] sums (on one rank of each tensor-parallel group) and layer sums."""
+    plan = alignment.plan(samples)
+    teacher = FinalStates(alignment.teacher, samples, plan.teacher.arrangement)
+    student = FinalStates(alignment.student, samples, plan.student.arrangement)
+    targets, _ = alignment.exchange(plan, alignment.teacher_states(plan, on_output=teacher.on_output))
+    layer_sums = alignment.student_pass(plan, targets, train=False, on_output=student.on_output)
+    totals = torch.zeros(3, dtype=torch.float64)
+    grid = alignment.student.grid
+    if grid.is_last_stage:
+        vocab = shared_vocab_size(alignment.teacher, alignment.student)
+        chunks = zip(teacher.log_probs(vocab), student.log_probs(vocab), student.target_ids(), strict=True)
+        for teacher_log_probs, student_log_probs, ids in chunks:
+            divergence = vocab_parallel_kl(teacher_log_probs, student_log_probs, grid.groups.tp)
+            log_probs = vocab_parallel_gather(student_log_probs, ids, grid.groups.tp)
+            totals += torch.stack([divergence.double().sum(), -log_probs.double().sum(), torch.tensor(float(len(ids)))]).cpu()
+    return totals if grid.coords.tp == 0 else torch.zeros(3, dtype=torch.float64), layer_sums
+
+
+def shared_vocab_size(teacher: Model, student: Model) -> int:
+    """Ids that both heads have: models of one family pad their vocabularies differently (151,936 and 152,064)."""
+    return min(teacher.architecture.vocab_size, student.architecture.vocab_size)

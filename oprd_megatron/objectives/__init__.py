@@ -1,0 +1,1 @@
+"""Output-space quantities on vocabulary-parallel heads. (Training objectives in output space are not here yet.)"""

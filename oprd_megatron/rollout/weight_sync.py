@@ -1,0 +1,86 @@
+"""The trainer's weights into the engine, and the proof that they arrived.
+
+After every update a fixed probe is scored by engine and trainer. Both compute log-probabilities of the same tokens, so a
+stale, lost or misplaced weight shows as a difference far above rounding, and the run stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from checkpoints_conversion import stream_hf_weights
+from oprd_megatron.errors import WeightSyncError
+from oprd_megatron.models import Model, run_schedule
+from oprd_megatron.objectives.final_states import FinalStates
+from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather
+from oprd_megatron.platform import Platform
+from oprd_megatron.representation.batch import Sample, token_blocks
+from oprd_megatron.representation.placement import arrange
+from oprd_megatron.rollout.engine import RolloutEngine
+from oprd_megatron.rollout.prompts import Prompt
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.35}
+"""Largest |log p| difference in nats between engine and trainer (bf16: as measured for one model in two engines)."""
+
+PROBE_PROMPTS, PROBE_TOKENS = 2, 64
+
+
+def make_probe(prompts: Sequence[Prompt]) -> list[Sample]:
+    """Two prompts, cut at 64 tokens; all but the first token are scored."""
+    cut = [prompt.token_ids[:PROBE_TOKENS] for prompt in prompts[:PROBE_PROMPTS]]
+    return [Sample(ids[:1], ids[1:]) for ids in cut]
+
+
+def sync_weights(engine: RolloutEngine, model: Model, version: int) -> None:
+    """Stream the model's tensors under Hugging Face names into this rank's engine. Collective over the model's grid."""
+    groups = model.grid.groups
+    tensors = stream_hf_weights(model.chunks, model.architecture, model.sharding, groups.tp, groups.pp)
+    engine.update_weights(version, tensors)
+
+
+def probe_difference(engine: RolloutEngine, model: Model, platform: Platform, probe: Sequence[Sample]) -> float:
+    """Largest |log p_engine - log p_trainer| over the probe's tokens and all ranks. Collective over the world."""
+    per_rank = score(model, platform, probe)
+    from_engine = torch.cat(engine.score([list(sample.ids) for sample in probe]))
+    difference = (from_engine - per_rank).abs().max().reshape(1)
+    difference = torch.where(difference.isnan(), torch.inf, difference)
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    return float(difference)
+
+
+def check_probe(difference: float, tolerance: float, version: int) -> None:
+    """Stop when engine and trainer are not the same policy.
+
+    Raises:
+        WeightSyncError: the difference is above the tolerance.
+    """
+    if not difference <= tolerance:
+        raise WeightSyncError(
+            f"weight sync of version {version}: engine and trainer differ by {difference:.3g} nats on the probe (allowed: "
+            f"{tolerance:g}); the engine does not hold the student's weights"
+        )
+
+
+def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.Tensor:
+    """Log-probabilities of all response tokens, sample by sample: [N] fp32 on the CPU of every rank. Collective.
+
+    Every data-parallel rank scores all samples; the last stage tells the others.
+    """
+    layout, coords = model.grid.layout, model.grid.coords
+    copies = [sample for sample in samples for _ in range(layout.dp)]  # dealt in turn: every rank gets every sample
+    arrangement = arrange([len(sample.ids) for sample in copies], layout, micro_batch_size=1)
+    finals = FinalStates(model, copies, arrangement)
+    blocks = token_blocks(copies, arrangement, coords.dp)
+    run_schedule(model, platform, blocks, forward_only=True, on_output=finals.on_output)
+    scores = torch.zeros(sum(len(sample.response_ids) for sample in samples), device=platform.device)
+    if model.grid.is_last_stage:
+        chunks = zip(finals.log_probs(model.architecture.vocab_size), finals.target_ids(), strict=True)
+        found = [vocab_parallel_gather(log_probs, ids, model.grid.groups.tp) for log_probs, ids in chunks]
+        scores = torch.cat(found)
+    groups = model.grid.groups
+    if groups.pp.size() > 1:
+        dist.broadcast(scores, src=dist.get_global_rank(groups.pp, layout.pp - 1), group=groups.pp)
+    return scores.cpu()
