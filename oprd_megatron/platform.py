@@ -52,10 +52,6 @@ class Platform:
         if self.is_cuda:
             torch.cuda.synchronize()
 
-    def peak_memory_bytes(self) -> int | None:
-        """Peak bytes allocated on the device since the start; None on CPU, where the process' own peak is the figure."""
-        return torch.cuda.max_memory_allocated() if self.is_cuda else None
-
 
 def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     """Pick the platform of this rank; on CUDA also make the rank's GPU current.
@@ -66,11 +62,9 @@ def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device: cuda, but torch sees no GPU; install a CUDA build of torch or use device: cpu")
     if device != "cpu" and torch.cuda.is_available():
-        index = int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {index} has no GPU of its own ({torch.cuda.device_count()} here); lower --nproc-per-node"
-            )
+        index, ranks_here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if ranks_here > torch.cuda.device_count():
+            raise UserError(f"{ranks_here} ranks on this machine, but {torch.cuda.device_count()} GPUs; start fewer ranks")
         torch.cuda.set_device(index)
         return Platform(torch.device("cuda", index), "cpu:gloo,cuda:nccl")
     return Platform(torch.device("cpu"), "gloo")

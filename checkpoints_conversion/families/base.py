@@ -52,6 +52,7 @@ HARMLESS_KEYS = frozenset(
     {
         # provenance and file handling
         "_name_or_path",
+        "_model_name_or_path",
         "name_or_path",
         "_attn_implementation_autoset",
         "transformers_version",

@@ -18,8 +18,62 @@ import torch.distributed as dist
 from oprd_megatron.models import Model
 from oprd_megatron.objectives.final_states import FinalStates
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather, vocab_parallel_kl
+from oprd_megatron.platform import Platform
+from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
+from oprd_megatron.rollout import Rollout, RolloutEngine, SamplingParams
+from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout.collect import collect_rollouts
+from oprd_megatron.rollout.weight_sync import sync_weights
+
+
+class HeldOut:
+    """The held-out evaluation of one run. Every method is collective.
+
+    Args:
+        checked: from `preflight`; its config has an eval section.
+        teacher, student: the models.
+        platform: of this rank.
+    """
+
+    def __init__(self, checked: Checked, teacher: Model, student: Model, platform: Platform) -> None:
+        assert checked.config.eval is not None
+        self.config, self.prompts, self.tokenizer = checked.config.eval, checked.held_out, checked.tokenizer
+        self.alignment = Alignment(teacher, student, checked.config.distill, platform, self.config.micro_batch_size)
+        engine = build_engine(checked.config, checked.config.teacher, platform)
+        sync_weights(engine, teacher, version=0)
+        params = SamplingParams(
+            temperature=self.config.temperature,
+            max_response_tokens=self.config.max_response_tokens,
+            seed=checked.config.run.seed,
+        )
+        rollouts = collect_rollouts(engine, self.prompts, 1, params, step=0)
+        engine.close()
+        self.answers = [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether to evaluate after `step` finished steps of a run of `last`."""
+        return step == last or (self.config.every > 0 and step % self.config.every == 0)
+
+    def record(self, step: int, engine: RolloutEngine | None = None) -> dict[str, Any]:
+        """The eval record of `evaluate`; with the student's engine also sample answers for people to read."""
+        record = evaluate(self.alignment, self.answers, step)
+        if engine is not None:
+            record["samples"] = self._samples(engine)
+        return record
+
+    def _samples(self, engine: RolloutEngine) -> list[dict[str, str]]:
+        """The first prompts with the student's greedy answers and the teacher's."""
+        params = SamplingParams(temperature=0.0, max_response_tokens=self.config.max_response_tokens)
+        rollouts = collect_rollouts(engine, self.prompts[: self.config.samples], 1, params, step=0)
+        return [
+            {"prompt": prompt.text, "response": self._text(rollout), "teacher": self._text(answer)}
+            for prompt, rollout, answer in zip(self.prompts, rollouts, self.answers, strict=False)
+        ]
+
+    def _text(self, answer: Rollout | Sample) -> str:
+        return self.tokenizer.decode(answer.response_ids, skip_special_tokens=True)
 
 
 def evaluate(alignment: Alignment, answers: Sequence[Sample], step: int) -> dict[str, Any]:

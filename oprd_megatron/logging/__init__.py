@@ -1,6 +1,6 @@
 """What a run writes down: one record (a dict) a step, given to every `Logger` of rank 0.
 
-`memory` is imported by its own name; it is the only module here that may need torch.
+`memory` is imported by its own name; it is the only module here that needs torch.
 """
 
 from oprd_megatron.logging.base import Logger, Loggers

@@ -6,6 +6,8 @@ still reads for the random-number tracker and a shared gather buffer.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -64,6 +66,28 @@ def init_mcore_globals(seed: int, tp_rank: int) -> None:
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
+
+
+@contextlib.contextmanager
+def as_parallel_state(grid: Grid) -> Iterator[None]:
+    """Show a grid to mcore code that takes no groups (parts of checkpointing), for the length of the block."""
+    groups = grid.groups
+    shown = {
+        "_TENSOR_MODEL_PARALLEL_GROUP": groups.tp,
+        "_PIPELINE_MODEL_PARALLEL_GROUP": groups.pp,
+        "_MODEL_PARALLEL_GROUP": groups.mp,
+        "_CONTEXT_PARALLEL_GROUP": groups.cp,
+        "_DATA_PARALLEL_GROUP": groups.dp,
+        "_DATA_PARALLEL_GROUP_WITH_CP": groups.dp_cp,
+    }
+    before = {name: getattr(parallel_state, name) for name in shown}
+    for name, group in shown.items():
+        setattr(parallel_state, name, group)
+    try:
+        yield
+    finally:
+        for name, group in before.items():
+            setattr(parallel_state, name, group)
 
 
 def _group_of(rank_lists: list[list[int]]) -> dist.ProcessGroup | None:

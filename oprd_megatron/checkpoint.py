@@ -1,0 +1,201 @@
+"""Saving and resuming a run: mcore's torch_dist format in Megatron's directory layout.
+
+    <run.dir>/checkpoints/
+        iter_0000010/                          written as iter_0000010.incomplete, renamed when complete
+        latest_checkpointed_iteration.txt      replaced last
+
+A crash at any moment leaves the previous checkpoint whole and named by the tracker file. Weights and optimizer state are
+resharded on load by mcore, so a run may resume with another tp, pp or dp; attention heads and vocabulary that were padded
+for one tp are cut or padded for the other (padding is zero and stays zero).
+
+A checkpoint holds the student, its optimizer and schedule, the step (which is also the data cursor, because the prompts of a
+step are a function of seed and step), the weight version, the random states and the resolved config. Nothing in a step
+draws from the global random states; they are there for what users may add.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+
+from oprd_megatron.config import RunConfig, dump_config
+from oprd_megatron.errors import CheckpointError
+from oprd_megatron.models import Model
+from oprd_megatron.optimizer import StudentOptimizer
+from oprd_megatron.parallel.agreement import together
+from oprd_megatron.parallel.grid import as_parallel_state
+from oprd_megatron.platform import Platform
+
+FOLDER = "checkpoints"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+UNREADABLE = (
+    CheckpointException,
+    CheckpointingException,
+    RuntimeError,
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+"""What torch and mcore raise on torn or foreign files."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Finished optimizer steps; the next prompts are those of this step, counted from 0."""
+    weight_version: int
+    """Version of the weights that the rollout engine gets next."""
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, None if there is none.
+
+    Raises:
+        CheckpointError: the tracker file names a checkpoint that is not there.
+    """
+    folder = run_dir / FOLDER
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    newest = folder / f"iter_{int(text):07d}" if text.isdigit() else folder / text
+    if not (newest / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{tracker}: names {newest.name}, which is missing or incomplete; write the number of a complete "
+            f"checkpoint into it, or delete it to start again"
+        )
+    return newest
+
+
+def save_checkpoint(
+    config: RunConfig, student: Model, optimizer: StudentOptimizer, progress: Progress, platform: Platform
+) -> Path:
+    """Write one checkpoint of a run. Collective.
+
+    Raises:
+        CheckpointError, UserError: the disk is full or read-only; the previous checkpoint is untouched.
+    """
+    folder = config.run.dir / FOLDER
+    final = folder / f"iter_{progress.step:07d}"
+    staging = folder / f"{final.name}.incomplete"
+    with together(f"preparing {staging}"):
+        if dist.get_rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+    with platform.scope(), as_parallel_state(student.grid):
+        state = _sharded_state(student, optimizer, platform, is_loading=False)
+        state.update(
+            iteration=progress.step,
+            checkpoint_version=3.0,
+            oprd={"weight_version": progress.weight_version, "config": dump_config(config)},
+            rng_state=_random_state(),
+        )
+        try:
+            dist_checkpointing.save(state, str(staging))
+        except UNREADABLE as error:
+            raise CheckpointError(f"{staging}: cannot write the checkpoint ({_first_line(error)}); free disk space") from None
+    with together(f"publishing {final}"):
+        if dist.get_rank() == 0:
+            if final.exists():
+                shutil.rmtree(final)
+            staging.rename(final)
+            _replace_text(folder / TRACKER, str(progress.step))
+            _drop_old(folder, config.checkpoint.keep)
+    return final
+
+
+def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer, platform: Platform) -> Progress:
+    """Read a checkpoint into the student and its optimizer, whatever layout wrote it. Collective.
+
+    Raises:
+        CheckpointError: torn or foreign; names the directory.
+    """
+    with platform.scope(), as_parallel_state(student.grid):
+        state = _sharded_state(student, optimizer, platform, is_loading=True)
+        try:
+            loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+        except UNREADABLE as error:
+            raise CheckpointError(
+                f"{path}: cannot read the checkpoint ({_first_line(error)}); delete it and write the number of an older "
+                f"one into {TRACKER}, or start in a fresh run directory"
+            ) from None
+        for chunk in student.chunks:
+            chunk.load_state_dict(loaded["model"])
+        optimizer.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        _restore_random_state(loaded["rng_state"])
+    return Progress(step=int(loaded["iteration"]), weight_version=int(loaded["oprd"]["weight_version"]))
+
+
+def _sharded_state(student: Model, optimizer: StudentOptimizer, platform: Platform, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": student.grid.groups.dp_cp,
+    }
+    (chunk,) = student.chunks
+    model_state = chunk.sharded_state_dict(metadata=metadata)
+    for name, value in model_state.items():
+        if re.search(r"self_attention\.linear_(qkv|proj)\.", name) and isinstance(value, ShardedTensor):
+            value.allow_shape_mismatch = True
+    return {
+        "model": model_state,
+        "optimizer": optimizer.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+        "opt_param_scheduler": optimizer.scheduler.state_dict(),
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    """Rank 0's random states, the same on all ranks as the common part of a checkpoint must be."""
+    state = [{"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}]
+    dist.broadcast_object_list(state, src=0)
+    return state[0]
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+
+
+def _drop_old(folder: Path, keep: int | None) -> None:
+    complete = sorted(path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7}", path.name))
+    for path in complete[: -keep or None] if keep else []:
+        shutil.rmtree(path)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    staging = path.with_suffix(".tmp")
+    with staging.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.replace(path)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:160]

@@ -1,0 +1,41 @@
+"""What every command line has in common: quiet libraries, and a user's mistake as one line with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+from oprd_megatron.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Run a command. A `UserError` is printed by rank 0 (all ranks raise it) and ends the process with code 2.
+
+    The process is ended without running exit handlers: those of a process group could wait for ranks that are gone.
+    """
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_USER_ERROR)
+
+
+def quiet_libraries() -> None:
+    """Our own warnings are shown; those that libraries give about themselves are not."""
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("oprd_megatron").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,217 @@
+"""The algorithm: one step of on-policy representation distillation, phase by phase.
+
+    rollouts -> plan -> teacher states -> exchange -> student loss and gradient -> optimizer -> weight sync -> probe
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoints_conversion import Architecture, export_hf
+from oprd_megatron.config.schema import ModelConfig, RunConfig
+from oprd_megatron.errors import TrainingDiverged
+from oprd_megatron.models import DTYPES, Model, build_model
+from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
+from oprd_megatron.parallel import GridLayout, build_grid
+from oprd_megatron.parallel.agreement import together
+from oprd_megatron.parallel.grid import init_mcore_globals
+from oprd_megatron.platform import Platform
+from oprd_megatron.preflight import Checked
+from oprd_megatron.representation.alignment import Alignment, AlignmentReport
+from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
+from oprd_megatron.rollout import PromptSource, Rollout, SamplingParams
+from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout.collect import collect_rollouts
+from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
+
+
+def build_models(checked: Checked, platform: Platform) -> tuple[Model, Model]:
+    """Teacher (frozen) and student on their grids, weights loaded. Collective."""
+    config, vocab_size = checked.config, max(checked.teacher.vocab_size, checked.student.vocab_size)
+
+    def build(section: ModelConfig, architecture: Architecture, layout: GridLayout, frozen: bool) -> Model:
+        with platform.scope():
+            grid = build_grid(layout)
+            init_mcore_globals(config.run.seed, grid.coords.tp)
+        dtype = DTYPES[section.dtype]
+        return build_model(
+            architecture, grid, platform, dtype=dtype, hf_dir=section.path, frozen=frozen, vocab_size=vocab_size
+        )
+
+    teacher = build(config.teacher, checked.teacher, checked.teacher_layout, frozen=True)
+    return teacher, build(config.student, checked.student, checked.student_layout, frozen=False)
+
+
+@dataclass
+class Phases:
+    """Seconds spent in each phase of a step, on this rank."""
+
+    platform: Platform
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.platform.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Trainer:
+    """A run between its steps.
+
+    Args:
+        checked: from `preflight`.
+        teacher, student: from `build_models`.
+        platform: of this rank.
+    """
+
+    def __init__(self, checked: Checked, teacher: Model, student: Model, platform: Platform) -> None:
+        config = checked.config
+        self.config, self.platform, self.student = config, platform, student
+        self.alignment = Alignment(teacher, student, config.distill, platform, config.run.micro_batch_size)
+        self.optimizer: StudentOptimizer = build_optimizer(student, config.optimizer, config.run.steps, platform)
+        self.source = PromptSource(checked.prompts, config.run.seed)
+        self.engine = build_engine(config, config.student, platform)
+        self.probe = make_probe(checked.prompts)
+        self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
+        self.weight_version = 0
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One training step; `step` counts from 0. Returns its record for the metrics. Collective.
+
+        Raises:
+            TrainingDiverged: a loss or gradient is not finite.
+            WeightSyncError: the engine does not hold the student's new weights.
+        """
+        start, phase = time.perf_counter(), Phases(self.platform)
+        with phase("rollout"):
+            rollouts = self.rollouts(step)
+        plan = self.alignment.plan([Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts])
+        with phase("teacher"):
+            states = self.alignment.teacher_states(plan)
+        with phase("exchange"):
+            targets, bytes_sent = self.alignment.exchange(plan, states)
+        with phase("student"):
+            self.optimizer.zero_grad()
+            sums = self.alignment.student_pass(plan, targets, chunks=self.optimizer.chunks, train=True)
+            report = self.alignment.reduce(sums)
+        _stop_on_bad_loss(step + 1, report, sums)
+        with phase("optimizer"):
+            grad_norm = self.optimizer.step()
+        _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
+        difference = self.sync(self.weight_version + 1, phase)
+        return {
+            "kind": "train",
+            "step": step + 1,
+            "loss": report.loss,
+            "cosine": report.mean_cosine,
+            "lr": self.optimizer.lr,
+            "grad_norm": grad_norm,
+            "supervised_tokens": plan.num_tokens,
+            **_throughput(rollouts, time.perf_counter() - start),
+            "seconds": phase.seconds,
+            "bytes_sent": bytes_sent,
+            "probe_difference": difference,
+            "weight_version": self.weight_version,
+            "layers": {
+                "student": report.student_layers,
+                "teacher": report.teacher_layers,
+                "cosine": report.cosine,
+                "mse": report.mse,
+                "norm_ratio": report.norm_ratio,
+            },
+        }
+
+    def rollouts(self, step: int) -> list[Rollout]:
+        """The student's responses for one step, on every rank, in order. Collective."""
+        section = self.config.rollout
+        params = SamplingParams(
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_response_tokens=section.max_response_tokens,
+            stop=tuple(section.stop),
+            seed=self.config.run.seed,
+        )
+        prompts = self.source.batch(step, section.prompts_per_step)
+        return collect_rollouts(self.engine, prompts, section.responses_per_prompt, params, step)
+
+    def sync(self, version: int, phase: Phases | None = None) -> float:
+        """Give the engine the student's weights and prove that they arrived. Returns the probe's difference (nats).
+
+        Raises:
+            WeightSyncError: the difference is above the tolerance.
+        """
+        phase = phase or Phases(self.platform)
+        with phase("sync"):
+            sync_weights(self.engine, self.student, version)
+        with phase("probe"):
+            difference = probe_difference(self.engine, self.student, self.platform, self.probe)
+        check_probe(difference, self.tolerance, version)
+        self.weight_version = version
+        return difference
+
+
+def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool) -> None:
+    """Write the student as a Hugging Face directory beside the tokenizer files of `source`. Collective."""
+    grid = student.grid
+    with together(f"exporting to {out_dir}"):
+        if grid.coords.dp == 0:
+            export_hf(
+                student.chunks,
+                student.architecture,
+                student.sharding,
+                grid.groups.tp,
+                grid.groups.pp,
+                source,
+                out_dir,
+                is_writer=dist.get_rank() == grid.layout.first_rank,
+                overwrite=overwrite,
+            )
+
+
+def _throughput(rollouts: list[Rollout], seconds: float) -> dict[str, Any]:
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return {
+        "response_length": {
+            "mean": sum(lengths) / len(lengths),
+            "max": max(lengths),
+            "finished": sum(rollout.finished for rollout in rollouts) / len(rollouts),
+        },
+        "tokens_per_second": sum(lengths) / seconds,
+    }
+
+
+def _stop_on_bad_loss(step: int, report: AlignmentReport, sums: dict[int, torch.Tensor]) -> None:
+    """Before the update: name the rank and layer of a loss that is not finite. `report` is the same on every rank."""
+    if math.isfinite(report.loss):
+        return
+    bad = [layer for layer, value in sorted(sums.items()) if not value[ALIGNMENT_FIELDS.index("loss")].isfinite()]
+    _stop(step, "loss", f"student layer {bad[0]}" if bad else None)
+
+
+def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer) -> None:
+    """After the update, which is not saved: name the rank and parameter of a gradient that is not finite."""
+    if not math.isfinite(grad_norm):
+        _stop(step, "gradient", optimizer.first_bad_gradient())
+
+
+def _stop(step: int, what: str, here: str | None) -> None:
+    """Raise on every rank with the first rank that found something. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, here)
+    rank = next((rank for rank, place in enumerate(found) if place), 0)
+    raise TrainingDiverged(
+        f"step {step}: the {what} is not finite (rank {rank}, {found[rank] or 'place unknown'}); the last checkpoint is "
+        "kept: lower optimizer.lr or look at the prompts of this step, then start again to resume from it"
+    )

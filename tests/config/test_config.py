@@ -1,0 +1,364 @@
+"""The typed config: defaults, overrides, and mistakes that each cost the user one line to understand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from oprd_megatron.config import RunConfig, dump_config, load_config, parse_config
+from oprd_megatron.config.schema import EvalConfig, PromptsConfig
+from oprd_megatron.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHIPPED = sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")])
+MINIMAL = {
+    "run": {"dir": "runs/a"},
+    "teacher": {"path": "teacher"},
+    "student": {"path": "student"},
+    "rollout": {"prompts": {"path": "prompts.jsonl"}},
+}
+PARALLEL = {"tp": 1, "pp": 1, "dp": None, "sp": False, "layers_per_stage": None}
+DEFAULTS = {
+    "run": {
+        "dir": "runs/a",
+        "seed": 1234,
+        "steps": 500,
+        "stop_at": None,
+        "micro_batch_size": 1,
+        "device": "auto",
+        "export": True,
+    },
+    "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False},
+    "student": {"path": "student", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False},
+    "rollout": {
+        "engine": "hf",
+        "prompts": {
+            "path": "prompts.jsonl",
+            "field": "prompt",
+            "limit": None,
+            "chat_template": True,
+            "max_tokens": 1024,
+        },
+        "prompts_per_step": 8,
+        "responses_per_prompt": 2,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "max_response_tokens": 1024,
+        "stop": [],
+        "batch_size": 64,
+        "probe_tolerance": None,
+    },
+    "distill": {
+        "layers": "all",
+        "layer_map": "proportional",
+        "positions": "last_k",
+        "k": 2000,
+        "position_anchor": "token",
+        "final_state": "post_norm",
+        "normalize": "none",
+        "coefficient": 1.0,
+    },
+    "optimizer": {
+        "lr": 1e-5,
+        "min_lr": 0.0,
+        "warmup_fraction": 0.03,
+        "betas": [0.9, 0.999],
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_grad": 1.0,
+        "distributed": False,
+    },
+    "checkpoint": {"every": 50, "keep": None, "resume": "auto"},
+    "eval": None,
+    "logging": {"tensorboard": True, "progress": True},
+}
+EVAL_DEFAULTS = {"every": 10, "max_response_tokens": 64, "temperature": 1.0, "micro_batch_size": 4, "samples": 3}
+EVERYTHING = {
+    "run": {"dir": "/tmp/b: c", "seed": 0, "steps": 3, "micro_batch_size": 4, "device": "cpu", "export": False},
+    "teacher": {"path": "t", "dtype": "fp32", "parallel": {"tp": 2, "pp": 2, "layers_per_stage": [3, 1]}},
+    "student": {"path": "s", "parallel": {"tp": 2, "pp": 2}, "pad_heads": True},
+    "rollout": {
+        "prompts": {"path": "p.parquet", "field": "q", "limit": 7, "chat_template": False},
+        "temperature": 0,
+        "top_p": 0.95,
+        "stop": ["\n\n", "null", "12", "ж"],
+        "probe_tolerance": 1e-3,
+    },
+    "distill": {"layers": [1, 4], "layer_map": {1: 2, 4: 4}, "normalize": "l2", "coefficient": 300},
+    "optimizer": {"lr": 3e-7, "min_lr": 1e-7, "betas": [0.8, 0.95], "eps": 1e-12, "distributed": True},
+    "checkpoint": {"every": 0, "keep": 2, "resume": "never"},
+    "eval": {"prompts": {"path": "held_out.json"}, "every": 0},
+    "logging": {"tensorboard": False, "progress": False},
+}
+
+
+def write(folder: Path, values: Any) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+def message(folder: Path, overrides: list[str], values: Any = MINIMAL) -> str:
+    """The one line a mistake costs, without the file's name in front of it."""
+    path = write(folder, values)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text, text
+    return text.removeprefix(f"{path}: ")
+
+
+def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """This section and those inside it."""
+    found = {model}
+    for field in model.model_fields.values():
+        for member in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                found |= sections(member)
+    return found
+
+
+def test_every_default() -> None:
+    """What a config leaves open has the documented default; a changed default must be changed here on purpose."""
+    assert yaml.safe_load(dump_config(parse_config(MINIMAL, "minimal"))) == DEFAULTS
+    evaluation = EvalConfig(prompts=PromptsConfig(path=Path("p"))).model_dump(exclude={"prompts"})
+    assert evaluation == EVAL_DEFAULTS
+
+
+def test_every_field_is_documented() -> None:
+    """Every key of every section has a text for `--help-config`."""
+    models = sections(RunConfig)
+    assert len(models) == 11
+    for model in models:
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name} has no docstring"
+
+
+def test_config_is_frozen() -> None:
+    """A checked config cannot change under the run that uses it."""
+    config = parse_config(MINIMAL, "minimal")
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0
+
+
+@pytest.mark.parametrize("values", [MINIMAL, EVERYTHING], ids=["minimal", "everything"])
+def test_dump_and_load_are_inverse(tmp_path: Path, values: dict) -> None:
+    """The resolved config that a run writes down reads back to an equal one."""
+    config = parse_config(values, "test")
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=2e-4", 2e-4),
+        ("optimizer.lr=1e-5", 1e-5),
+        ("optimizer.lr=.5E-3", 0.5e-3),
+        ("run.steps=12", 12),
+        ("run.seed=-1", -1),
+        ("run.dir=other/place", Path("other/place")),
+        ("run.export=false", False),
+        ("distill.layers=[1,2]", [1, 2]),
+        ("distill.layers=odd", "odd"),
+        ("distill.layer_map={1: 3, 2: 5}", {1: 3, 2: 5}),
+        ("optimizer.betas=[0.5, 0.75]", (0.5, 0.75)),
+        ("rollout.prompts.limit=5", 5),
+        ("rollout.prompts.path=a=b.jsonl", Path("a=b.jsonl")),
+        ("checkpoint.keep=null", None),
+        ("rollout.stop=[user, 'x y']", ["user", "x y"]),
+        ("student.parallel.layers_per_stage=[4]", [4]),
+    ],
+)
+def test_overrides(tmp_path: Path, override: str, expected: Any) -> None:
+    """`key.sub=value` sets that key, read as YAML, and nothing else; sections that the file leaves out are created."""
+    path = write(tmp_path, MINIMAL)
+    changed = load_config(path, [override]).model_dump()
+    before = load_config(path).model_dump()
+    *parents, leaf = override.split("=")[0].split(".")
+    for values in (changed, before):
+        node = values
+        for parent in parents:
+            node = node[parent]
+        found = node.pop(leaf)
+        if values is changed:
+            assert found == expected and type(found) is type(expected)
+    assert changed == before
+
+
+def test_overrides_create_and_remove_sections(tmp_path: Path) -> None:
+    """An optional section can be made, nested, from the command line, and taken away with null; the last one wins."""
+    path = write(tmp_path, MINIMAL)
+    made = load_config(path, ["eval.prompts.path=held_out.jsonl", "eval.every=1", "eval.every=3"])
+    assert made.eval is not None
+    assert (made.eval.prompts.path, made.eval.every) == (Path("held_out.jsonl"), 3)
+    assert load_config(write(tmp_path, EVERYTHING), ["eval=null"]).eval is None
+    assert load_config(write(tmp_path, MINIMAL | {"eval": None}), ["eval.prompts.path=x"]).eval is not None
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-5 as text; in the file and in lists it is a number all the same."""
+    text = (
+        "run: {dir: a, steps: 1e2}\nteacher: {path: t}\nstudent: {path: s}\nrollout: {prompts: {path: p}}\n"
+        "optimizer: {lr: 1e-5, betas: [9e-1, 1e-1], eps: 1E-9}"
+    )
+    config = load_config(write(tmp_path, text))
+    assert (config.run.steps, config.optimizer.lr, config.optimizer.eps) == (100, 1e-5, 1e-9)
+    assert config.optimizer.betas == (0.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "start", "suggestion"),
+    [
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?", "known here: run, teacher, student"),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key;", "lr, min_lr, warmup_fraction"),
+        ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'warmup_fraction'?", "betas"),
+        ("student.parallel.tpp=2", "student.parallel.tpp: unknown key; did you mean 'tp'?", "layers_per_stage"),
+        ("rollout.prompts.limits=2", "rollout.prompts.limits: unknown key; did you mean 'limit'?", "chat_template"),
+        ("eval.prompt.path=x", "eval.prompt: unknown key; did you mean 'prompts'?", "max_response_tokens"),
+        ("eval.prompts.pth=x", "eval.prompts.pth: unknown key; did you mean 'path'?", "chat_template"),
+    ],
+)
+def test_unknown_keys_name_their_neighbour(tmp_path: Path, override: str, start: str, suggestion: str) -> None:
+    """A misspelt key is refused in every section, with the nearest key and those there are."""
+    text = message(tmp_path, [override])
+    assert text.startswith(start), text
+    assert suggestion in text
+
+
+@pytest.mark.parametrize("key", ["run", "run.dir", "teacher", "teacher.path", "student.path", "rollout.prompts"])
+def test_missing_required_keys_are_named(tmp_path: Path, key: str) -> None:
+    """What has no default has to be given, and the message says which key."""
+    section, _, leaf = key.partition(".")
+    values = {name: dict(content) for name, content in MINIMAL.items()}
+    if leaf:
+        del values[section][leaf]
+    else:
+        del values[section]
+    assert message(tmp_path, [], values) == f"{key}: required, but not given"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "starts", "says"),
+    [
+        (["student.parallel.sp=true"], "student.parallel: sp: true needs tp > 1", ""),
+        (["teacher.parallel.sp=true"], "teacher.parallel: sp: true needs tp > 1", ""),
+        (
+            ["student.parallel.pp=2", "student.parallel.layers_per_stage=[1,2,3]"],
+            "student.parallel: layers_per_stage names 3 stages, but pp is 2",
+            "",
+        ),
+        (["optimizer.min_lr=1e-4"], "optimizer: min_lr 0.0001 is above lr 1e-05", ""),
+        (["run.micro_batch_size=3"], "rollout.prompts_per_step", "= 16 is not a multiple of run.micro_batch_size 3"),
+        *(
+            ([f"student.parallel.{change}"], "teacher.parallel and student.parallel differ", "needs them equal")
+            for change in ("tp=2", "pp=2", "dp=2")
+        ),
+        (
+            ["student.parallel.tp=2", "teacher.parallel.tp=2", "student.parallel.sp=true"],
+            "teacher.parallel and student.parallel differ",
+            "sp",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(tmp_path: Path, overrides: list[str], starts: str, says: str) -> None:
+    """Each check across keys names the keys and the numbers, in one line."""
+    text = message(tmp_path, overrides)
+    assert text.startswith(starts) and says in text, text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["student.parallel.tp=2", "teacher.parallel.tp=2", "student.parallel.sp=true", "teacher.parallel.sp=true"],
+        ["student.parallel.pp=2", "teacher.parallel.pp=2", "teacher.parallel.layers_per_stage=[9,1]"],
+        ["optimizer.min_lr=1e-5"],
+        ["run.micro_batch_size=8"],
+    ],
+)
+def test_keys_that_agree_pass(tmp_path: Path, overrides: list[str]) -> None:
+    """The other side of each check across keys: layers_per_stage may differ, min_lr may equal lr."""
+    load_config(write(tmp_path, MINIMAL), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "given"),
+    [
+        ("run.steps=0", "run.steps", "0"),
+        ("run.device=gpu", "run.device", "'gpu'"),
+        ("teacher.dtype=fp8", "teacher.dtype", "'fp8'"),
+        ("rollout.temperature=-1", "rollout.temperature", "-1"),
+        ("rollout.top_p=0", "rollout.top_p", "0"),
+        ("rollout.top_p=1.5", "rollout.top_p", "1.5"),
+        ("rollout.probe_tolerance=0", "rollout.probe_tolerance", "0"),
+        ("distill.layers=some", "distill.layers", "'some'"),
+        ("distill.layers=[0]", "distill.layers", "0"),
+        ("distill.layer_map={1: 0}", "distill.layer_map", ""),
+        ("distill.coefficient=0", "distill.coefficient", "0"),
+        ("optimizer.lr=.nan", "optimizer.lr", "nan"),
+        ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
+        ("optimizer.betas=[0.9,2]", "optimizer.betas", "2"),
+        ("checkpoint.every=-1", "checkpoint.every", "-1"),
+        ("checkpoint.keep=0", "checkpoint.keep", "0"),
+        ("logging=3", "logging", "3"),
+        ("rollout=null", "rollout", "None"),
+    ],
+)
+def test_values_out_of_range_are_named(tmp_path: Path, override: str, key: str, given: str) -> None:
+    """A value of the wrong type or size costs one line that starts with the key and ends with what was given."""
+    text = message(tmp_path, [override])
+    assert text.startswith(f"{key}: ") and given in text, text
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("nonsense", "expected key.sub=value"),
+        ("=3", "expected key.sub=value"),
+        ("run.steps=[", "the value is not valid YAML"),
+        ("run.dir.sub=3", "dir is a value, not a section"),
+    ],
+)
+def test_malformed_overrides(tmp_path: Path, override: str, says: str) -> None:
+    """An override that cannot be read is quoted back with what was expected."""
+    assert message(tmp_path, [override]) == f"override {override!r}: {says}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("- a\n- b", "expected a mapping"), ("", "expected a mapping"), ("run: {dir: a\nteacher: 3", "not valid YAML")],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
+    """A file that holds something else is named, for broken YAML with the line."""
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}:") and "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A path without a file costs one line that names it."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read the config"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_config_imports_no_torch() -> None:
+    """A config is checked in milliseconds on a machine without torch."""
+    code = "import oprd_megatron.config, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_quickstart_is_shipped() -> None:
+    """The next test reads what is there; this one makes sure that something is."""
+    assert EXAMPLES / "quickstart.yaml" in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_load(path: Path) -> None:
+    """Every YAML under examples/ is a valid config."""
+    load_config(path)
