@@ -88,6 +88,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return newest
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """`path` itself if it is a checkpoint, else the newest one of the run directory `path`, None if there is none."""
+    return path if (path / "metadata.json").is_file() else latest_checkpoint(path)
+
+
 def save_checkpoint(
     config: RunConfig, student: Model, optimizer: StudentOptimizer, progress: Progress, platform: Platform
 ) -> Path:
@@ -114,7 +119,9 @@ def save_checkpoint(
         try:
             dist_checkpointing.save(state, str(staging))
         except UNREADABLE as error:
-            raise CheckpointError(f"{staging}: cannot write the checkpoint ({_first_line(error)}); free disk space") from None
+            raise CheckpointError(
+                f"{staging}: cannot write the checkpoint ({_first_line(error)}); free disk space"
+            ) from None
     with together(f"publishing {final}"):
         if dist.get_rank() == 0:
             if final.exists():
@@ -132,38 +139,60 @@ def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer, pla
         CheckpointError: torn or foreign; names the directory.
     """
     with platform.scope(), as_parallel_state(student.grid):
-        state = _sharded_state(student, optimizer, platform, is_loading=True)
-        try:
-            loaded = dist_checkpointing.load(state, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"{path}: cannot read the checkpoint ({_first_line(error)}); delete it and write the number of an older "
-                f"one into {TRACKER}, or start in a fresh run directory"
-            ) from None
-        for chunk in student.chunks:
-            chunk.load_state_dict(loaded["model"])
+        loaded = _read(path, _sharded_state(student, optimizer, platform, is_loading=True))
+        student.chunks[0].load_state_dict(loaded["model"])
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
         optimizer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         _restore_random_state(loaded["rng_state"])
     return Progress(step=int(loaded["iteration"]), weight_version=int(loaded["oprd"]["weight_version"]))
 
 
-def _sharded_state(student: Model, optimizer: StudentOptimizer, platform: Platform, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+def load_weights(path: Path, student: Model, platform: Platform) -> None:
+    """Read only the student's weights from a checkpoint, whatever layout wrote it. Collective.
+
+    Raises:
+        CheckpointError: torn or foreign; names the directory.
+    """
+    with platform.scope(), as_parallel_state(student.grid):
+        loaded = _read(path, {"model": _sharded_model(student)})
+        student.chunks[0].load_state_dict(loaded["model"])
+
+
+def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{path}: cannot read the checkpoint ({_first_line(error)}); write the number of an older one into {TRACKER} "
+            "beside it, or start in a fresh run directory"
+        ) from None
+
+
+def _metadata(student: Model) -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": student.grid.groups.dp_cp,
     }
+
+
+def _sharded_model(student: Model) -> dict[str, Any]:
+    """mcore's sharded tensors of the weights; those whose heads are padded may be loaded with another padding."""
     (chunk,) = student.chunks
-    model_state = chunk.sharded_state_dict(metadata=metadata)
-    for name, value in model_state.items():
+    state = chunk.sharded_state_dict(metadata=_metadata(student))
+    for name, value in state.items():
         if re.search(r"self_attention\.linear_(qkv|proj)\.", name) and isinstance(value, ShardedTensor):
             value.allow_shape_mismatch = True
+    return state
+
+
+def _sharded_state(student: Model, optimizer: StudentOptimizer, platform: Platform, is_loading: bool) -> dict[str, Any]:
+    model = _sharded_model(student)
     return {
-        "model": model_state,
-        "optimizer": optimizer.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+        "model": model,
+        "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata(student)),
         "opt_param_scheduler": optimizer.scheduler.state_dict(),
     }
 

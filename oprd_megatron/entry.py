@@ -6,25 +6,30 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 
 from oprd_megatron.errors import UserError
 
 EXIT_USER_ERROR = 2
+OTHER_RANKS_WAIT_SECONDS = 5
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Run a command. A `UserError` is printed by rank 0 (all ranks raise it) and ends the process with code 2.
 
-    The process is ended without running exit handlers: those of a process group could wait for ranks that are gone.
+    Other ranks leave a little later: a launcher ends all ranks when the first is gone, and rank 0 must have spoken by then.
+    No exit handlers run: those of a process group could wait for ranks that are gone.
     """
     try:
         yield
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(OTHER_RANKS_WAIT_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_USER_ERROR)

@@ -103,9 +103,7 @@ def build_optimizer(student: Model, config: OptimizerConfig, steps: int, platfor
         chunks = [
             DistributedDataParallel(student.config, ddp_config, chunk, pg_collection=groups) for chunk in student.chunks
         ]
-        optimizer = get_megatron_optimizer(
-            mcore_config, chunks, use_gloo_process_groups=False, pg_collection=groups
-        )
+        optimizer = get_megatron_optimizer(mcore_config, chunks, use_gloo_process_groups=False, pg_collection=groups)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -64,7 +64,9 @@ def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform
     if device != "cpu" and torch.cuda.is_available():
         index, ranks_here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if ranks_here > torch.cuda.device_count():
-            raise UserError(f"{ranks_here} ranks on this machine, but {torch.cuda.device_count()} GPUs; start fewer ranks")
+            raise UserError(
+                f"{ranks_here} ranks on this machine, but {torch.cuda.device_count()} GPUs; start fewer ranks"
+            )
         torch.cuda.set_device(index)
         return Platform(torch.device("cuda", index), "cpu:gloo,cuda:nccl")
     return Platform(torch.device("cpu"), "gloo")

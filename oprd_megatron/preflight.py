@@ -57,13 +57,18 @@ class Checked:
     resume_from: Path | None
 
 
-def preflight(config: RunConfig, world_size: int) -> Checked:
+def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Checked:
     """Check a run against its models, files and number of ranks.
+
+    Args:
+        config: the run.
+        world_size: ranks that there will be.
+        starts_run: the run directory will be written; False only looks at models and data.
 
     Raises:
         UserError: one line: what, where, what to do.
     """
-    resume_from = _check_run_dir(config)
+    resume_from = _check_run_dir(config) if starts_run else None
     architectures = {name: check_model(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
     layouts = {
@@ -93,7 +98,16 @@ def preflight(config: RunConfig, world_size: int) -> Checked:
         refuse_overlap(prompts, held_out, config.eval.prompts.path)
     _check_context(config, teacher, student, prompts, held_out)
     return Checked(
-        config, teacher, student, layouts["teacher"], layouts["student"], pairs, tokenizer, prompts, held_out, resume_from
+        config,
+        teacher,
+        student,
+        layouts["teacher"],
+        layouts["student"],
+        pairs,
+        tokenizer,
+        prompts,
+        held_out,
+        resume_from,
     )
 
 
@@ -126,7 +140,9 @@ def _refuse_another_run(config: RunConfig) -> None:
     for key in IDENTITY:
         old, new = (_lookup(values.model_dump(), key) for values in (before, config))
         if old != new:
-            raise ConfigError(f"run.dir: {config.run.dir} holds a run with another {key} ({old}, now {new}); use another run.dir")
+            raise ConfigError(
+                f"run.dir: {config.run.dir} holds a run with another {key} ({old}, now {new}); use another run.dir"
+            )
 
 
 def _lookup(values: dict[str, Any], key: str) -> Any:

@@ -1,6 +1,6 @@
 """The algorithm: one step of on-policy representation distillation, phase by phase.
 
-    rollouts -> plan -> teacher states -> exchange -> student loss and gradient -> optimizer -> weight sync -> probe
+rollouts -> plan -> teacher states -> exchange -> student loss and gradient -> optimizer -> weight sync -> probe
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion import Architecture, export_hf
-from oprd_megatron.config.schema import ModelConfig, RunConfig
+from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.models import DTYPES, Model, build_model
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer

@@ -1,6 +1,6 @@
 """Small teacher and student grids, and what lies on them from first principles, to test the routing against.
 
-`codes` says which (sample, position) every element of every rank's block is, straight from the conventions (right-padded
+`codes` says which (sample, position) every element of a rank's block is, straight from the conventions (right-padded
 [S, B] blocks, split along S under sequence parallelism), without asking the code under test.
 """
 

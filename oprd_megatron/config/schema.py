@@ -1,7 +1,7 @@
 """The typed description of a run. Imports no torch, so that a config can be checked anywhere, in milliseconds.
 
 One YAML file holds one `RunConfig`. Unknown keys are errors. The text under each field is its documentation: it is what
-`oprd train --help-config` prints. Checks that need only the config live here; checks against the models or the machine
+`oprd config` prints. Checks that need only the config live here; checks against the models or the machine
 live where those are opened. METHOD terms: B rollouts, T response tokens, L layers, d width.
 """
 

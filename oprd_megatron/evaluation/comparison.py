@@ -7,6 +7,11 @@ from typing import Any
 
 WIDTH = 100
 _PER_ROW = 3
+_HEADLINES = (
+    ("KL(teacher || student), nats per token", "kl"),
+    ("cross-entropy, nats per token", "cross_entropy"),
+    ("cosine of hidden states, mean over layers", "cosine"),
+)
 
 
 def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -17,15 +22,32 @@ def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
         after: The last one; the same layers.
     """
     lines = [f"{'held-out, on the answers of the teacher':<44}{'before':>10}{'after':>10}{'change':>10}"]
-    for label, key in (
-        ("KL(teacher || student), nats per token", "kl"),
-        ("cross-entropy, nats per token", "cross_entropy"),
-        ("cosine of hidden states, mean over layers", "cosine"),
-    ):
+    for label, key in _HEADLINES:
         old, new, change = _figures(before[key], after[key], digits=4)
         lines.append(f"{label:<44}{old:>10}{new:>10}{change:>10}")
     lines += ["", "cosine per layer (student <- teacher): before, after, change", *_layer_rows(before, after)]
     return "\n".join(lines)
+
+
+def eval_table(record: dict[str, Any]) -> str:
+    """One eval record: KL, cross-entropy, mean cosine, and the cosine of every layer."""
+    layers = record["layers"]
+    cells = [
+        f"{student_layer:>3} <-{teacher_layer:>3}{cosine:>7.3f}"
+        for student_layer, teacher_layer, cosine in zip(
+            layers["student"], layers["teacher"], layers["cosine"], strict=True
+        )
+    ]
+    num_rows = -(-len(cells) // _PER_ROW)
+    return "\n".join(
+        [
+            f"held-out, on {record['tokens']} tokens of the teacher's answers",
+            *(f"{label:<44}{record[key]:>10.4f}" for label, key in _HEADLINES),
+            "",
+            "cosine per layer (student <- teacher)",
+            *("   ".join(cells[row::num_rows]) for row in range(num_rows)),
+        ]
+    )
 
 
 def sample_answers(before: dict[str, Any], after: dict[str, Any], limit: int = 3) -> str:

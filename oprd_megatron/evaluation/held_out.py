@@ -73,7 +73,7 @@ class HeldOut:
         ]
 
     def _text(self, answer: Rollout | Sample) -> str:
-        return self.tokenizer.decode(answer.response_ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(list(answer.response_ids), skip_special_tokens=True))
 
 
 def evaluate(alignment: Alignment, answers: Sequence[Sample], step: int) -> dict[str, Any]:
@@ -138,7 +138,9 @@ def _score(alignment: Alignment, samples: list[Sample]) -> tuple[torch.Tensor, d
         for teacher_log_probs, student_log_probs, ids in chunks:
             divergence = vocab_parallel_kl(teacher_log_probs, student_log_probs, grid.groups.tp)
             log_probs = vocab_parallel_gather(student_log_probs, ids, grid.groups.tp)
-            totals += torch.stack([divergence.double().sum(), -log_probs.double().sum(), torch.tensor(float(len(ids)))]).cpu()
+            totals += torch.stack(
+                [divergence.double().sum(), -log_probs.double().sum(), torch.tensor(float(len(ids)))]
+            ).cpu()
     return totals if grid.coords.tp == 0 else torch.zeros(3, dtype=torch.float64), layer_sums
 
 

@@ -9,6 +9,8 @@ Legend: S tokens, B sequences, N query heads on this rank, G key/value heads on 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -52,7 +54,7 @@ class SDPACoreAttention(torch.nn.Module):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         pieces = [
             self._causal(*(x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)))
-            for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for start, end in pairwise(bounds)
         ]
         return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 

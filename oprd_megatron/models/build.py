@@ -118,7 +118,12 @@ def build_model(
 
 
 def transformer_config(
-    architecture: Architecture, layout: GridLayout, stage: int, sharding: Sharding, dtype: torch.dtype, platform: Platform
+    architecture: Architecture,
+    layout: GridLayout,
+    stage: int,
+    sharding: Sharding,
+    dtype: torch.dtype,
+    platform: Platform,
 ) -> TransformerConfig:
     """mcore's configuration for one rank of the layout. Weights are loaded, never initialised; nothing is fused that
     needs CUDA kernels of its own."""

@@ -17,9 +17,10 @@ class RMSNorm(torch.nn.RMSNorm):
         """Called by mcore with its config, the width and the epsilon. The weight is in `params_dtype`: a float32 norm in
         a bf16 model breaks the distributed optimizer's checkpoint."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.epsilon = eps
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 (mcore's own mark)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [.., D], any float dtype; statistics in fp32, result in x's dtype."""
-        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.epsilon)
         return self.weight * normed.to(x.dtype)

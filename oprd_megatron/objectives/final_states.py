@@ -28,9 +28,11 @@ class FinalStates:
 
     def __init__(self, model: Model, samples: Sequence[Sample], arrangement: Arrangement) -> None:
         self.model = model
-        self.rows, self.targets = [], []
+        self.rows: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
         for block in arrangement.samples[model.grid.coords.dp]:
-            rows, targets = [], []
+            rows: list[int] = []
+            targets: list[int] = []
             for column, index in enumerate(block):
                 sample = samples[index]
                 first = len(sample.prompt_ids) - 1

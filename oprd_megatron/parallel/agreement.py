@@ -29,6 +29,6 @@ def together(what: str) -> Iterator[None]:
         error = UserError(f"{what}: {problem.strerror or problem} ({problem.filename}); make room or fix the path")
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, error)
-    for problem in found:
-        if problem is not None:
-            raise problem
+    for reported in found:
+        if reported is not None:
+            raise reported

@@ -1,8 +1,8 @@
 """One batch through the method: teacher states, exchange, the student's loss. The trainer and the evaluation both use it.
 
-    plan    = alignment.plan(samples)
-    targets = alignment.exchange(plan, alignment.teacher_states(plan))
-    report  = alignment.student_pass(plan, targets, train=True)
+plan    = alignment.plan(samples)
+targets = alignment.exchange(plan, alignment.teacher_states(plan))
+report  = alignment.student_pass(plan, targets, train=True)
 """
 
 from __future__ import annotations

@@ -137,9 +137,7 @@ def _lay_out(transfers: Sequence[Transfer], blocks: dict[int, torch.Tensor], tok
     pieces: dict[tuple[int, int], list[tuple[np.ndarray, torch.Tensor]]] = defaultdict(list)
     for number in sorted(blocks):
         transfer = transfers[number]
-        for layer, rows in zip(
-            transfer.teacher_layers, blocks[number].split(len(transfer.tokens)), strict=True
-        ):
+        for layer, rows in zip(transfer.teacher_layers, blocks[number].split(len(transfer.tokens)), strict=True):
             pieces[transfer.student_micro_batch, layer].append((tokens.row[transfer.tokens], rows))
     states = {}
     for key, parts in pieces.items():

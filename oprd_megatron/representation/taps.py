@@ -39,7 +39,7 @@ def attach_taps(
     wanted, handles = set(layers), []
     for chunk in model.chunks:
         for block in chunk.decoder.layers:
-            number = block.layer_number
+            number = int(block.layer_number)
             if number not in wanted:
                 continue
             after_norm = number == model.architecture.num_layers and final_state == "post_norm"
@@ -51,7 +51,7 @@ def attach_taps(
 def _hook(layer: int, block: torch.nn.Module, on_state: OnState) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        replacement = on_state(layer, block.current_microbatch, hidden)
+        replacement = on_state(layer, int(block.current_microbatch), hidden)
         if replacement is None:
             return None
         return (replacement, *output[1:]) if isinstance(output, tuple) else replacement

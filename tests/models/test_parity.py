@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import read_architecture
@@ -54,7 +53,6 @@ def states_and_logits(hf_dir: Path, parallel: ParallelConfig, ids: torch.Tensor,
     layers = range(1, model.architecture.num_layers + 1)
     attach_taps(model, layers, "post_norm", lambda layer, _, hidden: states.update({layer: hidden.clone()}))
 
-
     def keep(micro_batch: int, output: torch.Tensor) -> torch.Tensor:
         logits.append(output.clone())
         return no_output_loss(micro_batch, output)
@@ -70,7 +68,9 @@ def reference(hf_dir: Path, ids: torch.Tensor) -> tuple[list[torch.Tensor], torc
     return list(output.hidden_states[1:]), output.logits
 
 
-def assert_parity(hf_dir: Path, parallel: ParallelConfig, ids: torch.Tensor, pad_heads: bool, vocab: int, tolerance: float):
+def assert_parity(
+    hf_dir: Path, parallel: ParallelConfig, ids: torch.Tensor, pad_heads: bool, vocab: int, tolerance: float
+):
     ranks = run_ranks(parallel.tp * parallel.pp, states_and_logits, hf_dir, parallel, ids, pad_heads)
     states, logits = reference(hf_dir, ids)
     for layer, expected in enumerate(states, start=1):

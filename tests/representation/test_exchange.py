@@ -80,8 +80,8 @@ def exchanged(case: Case, wire: torch.dtype) -> dict:
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_target_row_is_the_right_state(name: str, wire: torch.dtype) -> None:
-    """Each rank ends with exactly the targets its loss needs, row by row in the order of its own rows; the bytes that the
-    ranks sent are those planned, and the outbox is empty."""
+    """Each rank ends with exactly the targets its loss needs, row by row in the order of its own rows; the bytes that
+    the ranks sent are those planned, and the outbox is empty."""
     world, case = CASES[name]
     ranks = run_ranks(world, exchanged, case, wire)
     sent: dict[int, int] = defaultdict(int)

@@ -87,7 +87,9 @@ def sharded_gradients(teacher_dir: Path, student_dir: Path, parallel: ParallelCo
 
 def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> tuple[float, dict[str, torch.Tensor]]:
     """Eq. 6 written out, one sample at a time, on transformers' models: (loss, {HF name: gradient})."""
-    teacher, student = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (teacher_dir, student_dir))
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (teacher_dir, student_dir)
+    )
     depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = resolve_layer_pairs(distill, *depths)
     pre_norm = {}

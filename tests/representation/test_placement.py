@@ -42,8 +42,8 @@ def assert_placed(case: Case, side: Side) -> None:
 @EXAMPLES
 @given(case=cases())
 def test_every_supervised_token_is_placed_once(case: Case) -> None:
-    """Rows and local rows lead back to the exact (sample, position) on the rank at `shard`; without sequence parallelism
-    the shares of the tensor-parallel ranks differ by at most one and are contiguous in the rows."""
+    """Rows and local rows lead back to the exact (sample, position) on the rank at `shard`; without sequence
+    parallelism the shares of the tensor-parallel ranks differ by at most one and are contiguous in the rows."""
     assert_placed(case, case.teacher)
     assert_placed(case, case.student)
 

@@ -113,8 +113,8 @@ def test_bytes_are_the_minimum(case: Case) -> None:
 @EXAMPLES
 @given(case=cases())
 def test_plan_is_deterministic_and_ordered(case: Case) -> None:
-    """Planned again from scratch the list is the same, block for block; between two ranks no two blocks are alike, so the
-    list's order is one order of messages on both ends."""
+    """Planned again from scratch the list is the same, block for block; between two ranks no two blocks are alike, so
+    the list's order is one order of messages on both ends."""
     again = Case(case.lengths, case.teacher_layout, case.student_layout, case.micro_batch_sizes, case.config).transfers
     described = [
         [(t.source, t.destination, t.teacher_layers, t.teacher_micro_batch, t.student_micro_batch, t.tokens.tolist())

@@ -1,0 +1,188 @@
+"""The `oprd` command. Each command checks its input first, does one thing, and says where the result is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oprd_megatron.entry import one_line_errors, quiet_libraries
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""On-policy representation distillation (OPRD) on megatron-core: a frozen teacher teaches a student by aligning
+hidden states on text that the student writes itself.
+
+A run is one YAML file. Any value can be set on the command line: `oprd train run.yaml optimizer.lr=2e-4 student.parallel.tp=2`.
+On several machines start `torchrun .. -m oprd_megatron.train run.yaml` yourself; `oprd train` starts ranks on this one.
+
+A mistake of yours prints one line (what, where, what to do) and exits with code 2.""",
+)
+
+Config = Annotated[
+    Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.sub=value, as many as you like; values are YAML.", show_default=False)
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option("--nproc", min=1, help="Ranks on this machine; left out, tp x pp x dp of the student's layout."),
+]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> None:
+    """Distil: rollouts, teacher states, loss, update; checkpoints, held-out evaluation, export and report on the way.
+
+    Starting the same command again continues from the newest checkpoint in run.dir.
+
+    Example: `oprd train examples/quickstart.yaml run.steps=10`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.launch import default_num_ranks, launch
+
+    run = load_config(config, overrides or [])
+    raise typer.Exit(launch("oprd_megatron.train", [str(config), *(overrides or [])], nproc or default_num_ranks(run)))
+
+
+@app.command("eval")
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Student to score: a checkpoint (iter_..), a run directory, or a Hugging Face directory."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as json.")] = None,
+    nproc: Ranks = None,
+) -> None:
+    """Score a student on held-out prompts: KL(teacher || student), cross-entropy and cosine per layer.
+
+    Without --weights the student of the config is scored as it is, untrained.
+
+    Example: `oprd eval examples/quickstart.yaml --weights runs/quickstart`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.evaluation.comparison import eval_table
+    from oprd_megatron.launch import default_num_ranks, launch
+
+    run = load_config(config, overrides or [])
+    _refuse_existing(out)
+    arguments, settings = _student_weights(weights)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "eval.json")
+        ranks = nproc or default_num_ranks(run)
+        code = launch(
+            "oprd_megatron.evaluate", [str(config), str(result), *arguments, "--", *(overrides or []), *settings], ranks
+        )
+        if code:
+            raise typer.Exit(code)
+        record = json.loads(result.read_text())
+    typer.echo(eval_table(record))
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1))
+
+
+@app.command()
+def rollout(
+    config: Config,
+    out: Annotated[Path, typer.Option(help="jsonl file to write, one response a line.")],
+    overrides: Overrides = None,
+    weights: Annotated[Path | None, typer.Option(help="Hugging Face directory; left out, student.path.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Write the rollouts of this many training steps.")] = 1,
+) -> None:
+    """Write the student's responses to a file: what training would see in its first steps, without training.
+
+    Example: `oprd rollout examples/quickstart.yaml --out rollouts.jsonl rollout.temperature=0.7`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.rollout.record import record_rollouts
+
+    quiet_libraries()
+    _refuse_existing(out)
+    run = load_config(config, overrides or [])
+    count = record_rollouts(run, weights or run.student.path, out, steps)
+    typer.echo(f"{count} responses in {out}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory, or one of its checkpoints (iter_..).")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to make.")],
+) -> None:
+    """Write a checkpoint's student as a Hugging Face directory (safetensors, config, tokenizer) that transformers loads.
+
+    Example: `oprd export runs/quickstart student_hf`
+    """
+    from oprd_megatron.exporting import export_checkpoint
+
+    quiet_libraries()
+    export_checkpoint(run_dir, out)
+    typer.echo(f"student in {out}")
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Run directory; the run may still be going.")]) -> None:
+    """Write one HTML page with the run's curves, heat maps, samples and config: run_dir/report.html.
+
+    Example: `oprd report runs/quickstart`
+    """
+    from oprd_megatron.evaluation.report import write_report
+
+    quiet_libraries()
+    typer.echo(write_report(run_dir))
+
+
+@app.command("config")
+def show_config() -> None:
+    """List every key of a run's YAML with its type, default and meaning."""
+    from oprd_megatron.config.describe import describe_config
+
+    typer.echo(describe_config())
+
+
+def _student_weights(path: Path | None) -> tuple[list[str], list[str]]:
+    """(checkpoint argument, config overrides) that make a rank take the student's weights from `path`."""
+    from oprd_megatron.errors import CheckpointError
+
+    if path is None:
+        return [], []
+    if (path / "config.json").is_file():
+        return [], [f"student.path={path}"]
+    from oprd_megatron.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path}: neither a Hugging Face directory, a checkpoint (iter_..) nor a run that has one"
+        )
+    return [str(checkpoint)], []
+
+
+def _refuse_existing(out: Path | None) -> None:
+    from oprd_megatron.errors import UserError
+
+    if out is not None and out.exists():
+        raise UserError(f"{out}: exists already; nothing is overwritten, give another --out")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"{out}: its directory does not exist; make it first")
+
+
+def main() -> None:
+    """Console entry point."""
+    with one_line_errors():
+        app()
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

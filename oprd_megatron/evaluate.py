@@ -1,0 +1,59 @@
+"""Entry point of a rank for `oprd eval`: score a student on the teacher's answers to held-out prompts.
+
+torchrun --nproc-per-node N -m oprd_megatron.evaluate CONFIG.yaml OUT.json [CHECKPOINT] -- key.sub=value ..
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from oprd_megatron.entry import one_line_errors, quiet_libraries
+
+quiet_libraries()
+
+import torch.distributed as dist  # noqa: E402
+
+from oprd_megatron.checkpoint import load_weights  # noqa: E402
+from oprd_megatron.config import RunConfig, load_config  # noqa: E402
+from oprd_megatron.errors import ConfigError  # noqa: E402
+from oprd_megatron.evaluation.held_out import HeldOut  # noqa: E402
+from oprd_megatron.logging import write_atomically  # noqa: E402
+from oprd_megatron.platform import init_distributed, select_platform  # noqa: E402
+from oprd_megatron.preflight import preflight  # noqa: E402
+from oprd_megatron.rollout.build import build_engine  # noqa: E402
+from oprd_megatron.rollout.weight_sync import sync_weights  # noqa: E402
+from oprd_megatron.trainer import build_models  # noqa: E402
+
+
+def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
+    """Write one eval record to `out`.
+
+    Args:
+        config: its eval section says on what.
+        out: json file.
+        checkpoint: an iter_* directory with the student's weights; None takes `student.path` as it is.
+    """
+    if config.eval is None:
+        raise ConfigError("eval: the config has no eval section; add eval.prompts.path")
+    platform = select_platform(config.run.device)
+    checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
+    init_distributed(platform)
+    teacher, student = build_models(checked, platform)
+    if checkpoint is not None:
+        load_weights(checkpoint, student, platform)
+    held_out = HeldOut(checked, teacher, student, platform)
+    engine = build_engine(config, config.student, platform)
+    sync_weights(engine, student, version=0)
+    record = held_out.record(0, engine)
+    if dist.get_rank() == 0:
+        write_atomically(out, json.dumps(record, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        named, overrides = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+        evaluate(load_config(named[0], overrides), Path(named[1]), Path(named[2]) if len(named) > 2 else None)

@@ -1,0 +1,45 @@
+"""Start ranks on this machine, as torchrun does, and pass on their exit code."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+from oprd_megatron.config import RunConfig
+from oprd_megatron.config.schema import ParallelConfig
+from oprd_megatron.entry import EXIT_USER_ERROR
+
+
+def default_num_ranks(config: RunConfig) -> int:
+    """The ranks that the student's layout names; a dp that is left out counts as 1."""
+    parallel: ParallelConfig = config.student.parallel
+    return parallel.tp * parallel.pp * (parallel.dp or 1)
+
+
+def launch(module: str, arguments: list[str], num_ranks: int) -> int:
+    """Run `python -m module arguments` on `num_ranks` local ranks and wait for them.
+
+    Returns:
+        0, or the exit code of the first rank that failed (2: a user's mistake, which it has printed in one line).
+    """
+    if num_ranks == 1:
+        return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
+    )
+    config.max_restarts = 0
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if EXIT_USER_ERROR in codes:
+            return EXIT_USER_ERROR
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} failed with exit code {failure.exitcode}; its output is above", file=sys.stderr)
+        return 1
+    return 0
