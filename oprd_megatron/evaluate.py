@@ -10,22 +10,19 @@ import os
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
+from oprd_megatron.checkpoint import load_weights
+from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
-
-quiet_libraries()
-
-import torch.distributed as dist  # noqa: E402
-
-from oprd_megatron.checkpoint import load_weights  # noqa: E402
-from oprd_megatron.config import RunConfig, load_config  # noqa: E402
-from oprd_megatron.errors import ConfigError  # noqa: E402
-from oprd_megatron.evaluation.held_out import HeldOut  # noqa: E402
-from oprd_megatron.logging import write_atomically  # noqa: E402
-from oprd_megatron.platform import init_distributed, select_platform  # noqa: E402
-from oprd_megatron.preflight import preflight  # noqa: E402
-from oprd_megatron.rollout.build import build_engine  # noqa: E402
-from oprd_megatron.rollout.weight_sync import sync_weights  # noqa: E402
-from oprd_megatron.trainer import build_models  # noqa: E402
+from oprd_megatron.errors import ConfigError
+from oprd_megatron.evaluation.held_out import HeldOut
+from oprd_megatron.logging import write_atomically
+from oprd_megatron.platform import init_distributed, select_platform
+from oprd_megatron.preflight import preflight
+from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout.weight_sync import sync_weights
+from oprd_megatron.trainer import build_models
 
 
 def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
@@ -54,6 +51,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     with one_line_errors():
         named, overrides = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
         evaluate(load_config(named[0], overrides), Path(named[1]), Path(named[2]) if len(named) > 2 else None)

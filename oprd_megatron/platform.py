@@ -75,10 +75,10 @@ def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform
 def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
     """Join the world that torchrun describes, or make a world of one rank without torchrun.
 
-    On CPU every rank gets its share of the cores (at least one thread): ranks that compete for cores are slower than
-    ranks with a thread each.
+    On CPU every rank gets its share of the cores (at least one thread), unless OMP_NUM_THREADS says otherwise: ranks
+    that compete for cores are many times slower than ranks with a thread each.
     """
-    if not platform.is_cuda:
+    if not platform.is_cuda and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if dist.is_initialized():

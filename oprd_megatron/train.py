@@ -1,108 +1,21 @@
 """Entry point of a rank: `torchrun --nproc-per-node N -m oprd_megatron.train CONFIG.yaml key.sub=value ..`.
 
 `oprd train` starts the same thing on one machine. A user's mistake prints one line and exits with code 2.
+
+Heavy modules are imported only when this file is run: saving a checkpoint starts a helper process that imports it again.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-from typing import Any
 
+from oprd_megatron.config import load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 
-quiet_libraries()
-
-import torch.distributed as dist  # noqa: E402
-
-from oprd_megatron.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
-from oprd_megatron.config import RunConfig, dump_config, load_config  # noqa: E402
-from oprd_megatron.evaluation.held_out import HeldOut  # noqa: E402
-from oprd_megatron.evaluation.report import write_report  # noqa: E402
-from oprd_megatron.evaluation.summary import print_summary  # noqa: E402
-from oprd_megatron.logging import (  # noqa: E402
-    JsonlLogger,
-    Logger,
-    Loggers,
-    ProgressLogger,
-    TensorBoardLogger,
-    write_atomically,
-)
-from oprd_megatron.logging.memory import world_peak_memory_bytes  # noqa: E402
-from oprd_megatron.parallel.agreement import together  # noqa: E402
-from oprd_megatron.platform import init_distributed, select_platform  # noqa: E402
-from oprd_megatron.preflight import CONFIG_FILE, preflight  # noqa: E402
-from oprd_megatron.trainer import Trainer, build_models, export_student  # noqa: E402
-
-
-def train(config: RunConfig) -> None:
-    """Train from a config to its last step, from the newest checkpoint if there is one."""
-    started = time.perf_counter()
-    platform = select_platform(config.run.device)
-    checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
-    init_distributed(platform)
-    teacher, student = build_models(checked, platform)
-    held_out = HeldOut(checked, teacher, student, platform) if config.eval else None
-    trainer = Trainer(checked, teacher, student, platform)
-    progress = Progress(step=0, weight_version=0)
-    if checked.resume_from is not None:
-        progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform)
-    logger = open_run(config, progress, fresh=checked.resume_from is None)
-    trainer.sync(progress.weight_version)
-    if held_out and checked.resume_from is None:
-        log(logger, held_out.record(0, trainer.engine))
-    last = min(config.run.steps, config.run.stop_at or config.run.steps)
-    for step in range(progress.step, last):
-        log(logger, trainer.step(step))
-        progress = Progress(step + 1, trainer.weight_version)
-        if held_out and held_out.due(progress.step, config.run.steps):
-            is_last = progress.step == config.run.steps
-            log(logger, held_out.record(progress.step, trainer.engine if is_last else None))
-        if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
-            save_checkpoint(config, student, trainer.optimizer, progress, platform)
-    finished = progress.step == config.run.steps
-    export = config.run.dir / "student_hf" if config.run.export and finished else None
-    if export:
-        export_student(student, config.student.path, export, overwrite=True)
-    summary = {
-        "kind": "summary",
-        "step": progress.step,
-        "wall_seconds": time.perf_counter() - started,
-        "peak_memory_bytes": world_peak_memory_bytes(platform.device),
-        "ranks": dist.get_world_size(),
-        "export": str(export) if export else None,
-    }
-    log(logger, summary)
-    logger.close()
-    if dist.get_rank() == 0:
-        print_summary(config.run.dir, write_report(config.run.dir))
-    dist.destroy_process_group()
-
-
-def open_run(config: RunConfig, progress: Progress, fresh: bool) -> Loggers:
-    """Create the run directory and its loggers on rank 0; other ranks log to nobody. Collective."""
-    loggers: list[Logger] = []
-    folder = config.run.dir
-    with together(f"preparing {folder}"):
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / CONFIG_FILE, dump_config(config))
-            loggers.append(JsonlLogger(folder / "metrics.jsonl"))
-            if config.logging.tensorboard:
-                loggers.append(TensorBoardLogger(folder / "tensorboard"))
-            if config.logging.progress:
-                loggers.append(ProgressLogger(config.run.steps))
-            Loggers(loggers).truncate_after(-1 if fresh else progress.step)
-    return Loggers(loggers)
-
-
-def log(logger: Loggers, record: dict[str, Any]) -> None:
-    """Write a record on rank 0; a full disk stops every rank. Collective."""
-    with together("writing metrics"):
-        logger.log(record)
-
-
 if __name__ == "__main__":
+    quiet_libraries()
     with one_line_errors():
-        train(load_config(sys.argv[1], sys.argv[2:]))
+        run = load_config(sys.argv[1], sys.argv[2:])
+        from oprd_megatron.loop import train
+
+        train(run)

@@ -48,7 +48,7 @@ def attach_taps(
     return handles
 
 
-def _hook(layer: int, block: torch.nn.Module, on_state: OnState) -> Callable[..., Any]:
+def _hook(layer: int, block: Any, on_state: OnState) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         replacement = on_state(layer, int(block.current_microbatch), hidden)
