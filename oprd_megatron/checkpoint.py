@@ -15,6 +15,7 @@ draws from the global random states; they are there for what users may add.
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import random
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oprd_megatron.config import RunConfig, dump_config
@@ -142,6 +144,7 @@ def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer, pla
         loaded = _read(path, _sharded_state(student, optimizer, platform, is_loading=True))
         student.chunks[0].load_state_dict(loaded["model"])
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(optimizer)
         optimizer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         _restore_random_state(loaded["rng_state"])
     return Progress(step=int(loaded["iteration"]), weight_version=int(loaded["oprd"]["weight_version"]))
@@ -190,11 +193,48 @@ def _sharded_model(student: Model) -> dict[str, Any]:
 
 def _sharded_state(student: Model, optimizer: StudentOptimizer, platform: Platform, is_loading: bool) -> dict[str, Any]:
     model = _sharded_model(student)
+    if is_loading:
+        _give_adam_a_step(optimizer)
     return {
         "model": model,
         "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata(student)),
         "opt_param_scheduler": optimizer.scheduler.state_dict(),
     }
+
+
+def _torch_adams(optimizer: StudentOptimizer) -> list[DistributedOptimizer]:
+    """mcore's distributed optimizers that run on torch's AdamW: where neither TE nor apex is installed."""
+    parts = optimizer.optimizer.chained_optimizers
+    return [p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.AdamW)]
+
+
+def _give_adam_a_step(optimizer: StudentOptimizer) -> None:
+    """Make mcore's distributed optimizer loadable on torch's AdamW.
+
+    mcore describes what it is about to load by the optimizer state that there is, and initialises all of it but torch's
+    `step`; when it then fills the state it looks for a loaded `step` tensor, which its format keeps in the parameter groups.
+    """
+    for part in _torch_adams(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                state.setdefault("step", torch.zeros(()))
+                state.setdefault("exp_avg", torch.zeros_like(parameter))
+                state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        part._set_main_param_and_optimizer_states = functools.partial(_fill_all_but_step, part)
+
+
+def _separate_steps(optimizer: StudentOptimizer) -> None:
+    """Give each parameter a `step` of its own: mcore loads one tensor for all, and AdamW would count it up once for each."""
+    for part in _torch_adams(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _fill_all_but_step(part: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    """mcore's method of that name, with the step that is there already standing in for the one it looks for."""
+    step = part._get_main_param_and_optimizer_states(model_param)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(part, model_param, {**tensors, "step": step})
 
 
 def _random_state() -> dict[str, Any]:

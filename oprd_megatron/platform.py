@@ -38,7 +38,7 @@ class Platform:
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Run the block with mcore's CUDA questions answered for this platform. May be entered again inside itself."""
-        if self.is_cuda or isinstance(_active_mode(), _CudaFactoriesOnCpu):
+        if self.is_cuda or any(isinstance(mode, _CudaFactoriesOnCpu) for mode in _active_modes()):
             yield
             return
         with contextlib.ExitStack() as stack:
@@ -112,10 +112,10 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
-def _active_mode() -> Any:
-    from torch.overrides import _get_current_function_mode
+def _active_modes() -> list[Any]:
+    from torch.overrides import _get_current_function_mode_stack
 
-    return _get_current_function_mode()
+    return _get_current_function_mode_stack()
 
 
 def _cpu_stand_ins() -> list[tuple[Any, str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from pydantic import BaseModel, ValidationError
 
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-5 as a number: YAML 1.1, which PyYAML follows, wants 1.0e-5."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as numbers."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -26,14 +41,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     try:
         text = path.read_text()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; give the path of a YAML file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror}); give the path of a YAML file") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        raise ConfigError(
+            f"{where}: not valid YAML ({' '.join(str(getattr(error, 'problem', error)).split())})"
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (run, teacher, student, rollout, ..)")
     for override in overrides:
@@ -44,14 +63,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
     """Check a nested dict; `source` is named in errors."""
     try:
-        return RunConfig.model_validate(_numbers(values))
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_one_line(error)}") from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -68,23 +87,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
-
-
-def _numbers(node: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string (it wants 1.0e-5): turn such scalars into numbers."""
-    if isinstance(node, dict):
-        return {key: _numbers(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_numbers(value) for value in node]
-    if isinstance(node, str) and node[:1] in "+-.0123456789" and "e" in node.lower():
-        try:
-            return float(node)
-        except ValueError:
-            return node
-    return node
 
 
 def _one_line(error: ValidationError) -> str:
@@ -94,7 +99,10 @@ def _one_line(error: ValidationError) -> str:
     tails are not keys of the config and are cut.
     """
     errors = error.errors()
-    first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
+    unknown = next((item for item in errors if item["type"] == "extra_forbidden"), None)
+    same = [item for item in errors if _keys(item["loc"]) == _keys(errors[0]["loc"])]
+    # Among the members of a union the one that was meant got furthest.
+    first = unknown or max(same, key=lambda item: len(item["loc"]))
     location = _keys(first["loc"])
     key = ".".join(location)
     if first["type"] == "extra_forbidden":

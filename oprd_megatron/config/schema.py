@@ -19,7 +19,9 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Strict(BaseModel):
     """Base of every section: unknown keys are refused, values are frozen, docstrings become descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class ParallelConfig(Strict):

@@ -14,6 +14,12 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -111,6 +117,7 @@ def build_model(
         ).to(platform.device)
         if architecture.rope_scaling is not None:
             _scale_rope(chunk, architecture.rope_scaling)
+        _mark_sharded_parameters(chunk)
         load_hf_weights([chunk], hf_dir, sharding, architecture)
     if frozen:
         chunk.requires_grad_(False).eval()
@@ -204,6 +211,21 @@ def without_head(chunk: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.post_process = flag
+
+
+def _mark_sharded_parameters(chunk: GPTModel) -> None:
+    """Tell mcore which parameters are split over tensor-parallel ranks. Its local layers say so only while they initialise
+    weights, which we skip; an unmarked parameter counts as a replica, and the gradient norm would leave it out on all
+    ranks but the first."""
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in chunk.modules():
+        dim = dims.get(type(module))
+        if dim is None:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            replicated = name == "bias" and dim == 1  # a row-parallel layer adds its bias after the reduction
+            if not replicated and not hasattr(parameter, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
 def _scale_rope(chunk: GPTModel, rope: Llama3Rope) -> None:

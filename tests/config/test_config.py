@@ -87,7 +87,7 @@ EVERYTHING = {
         "prompts": {"path": "p.parquet", "field": "q", "limit": 7, "chat_template": False},
         "temperature": 0,
         "top_p": 0.95,
-        "stop": ["\n\n", "null", "12", "ж"],
+        "stop": ["\n\n", "null", "12", "1e5", "ж"],
         "probe_tolerance": 1e-3,
     },
     "distill": {"layers": [1, 4], "layer_map": {1: 2, 4: 4}, "normalize": "l2", "coefficient": 300},
@@ -197,7 +197,7 @@ def test_overrides_create_and_remove_sections(tmp_path: Path) -> None:
     made = load_config(path, ["eval.prompts.path=held_out.jsonl", "eval.every=1", "eval.every=3"])
     assert made.eval is not None
     assert (made.eval.prompts.path, made.eval.every) == (Path("held_out.jsonl"), 3)
-    assert load_config(write(tmp_path, EVERYTHING), ["eval=null"]).eval is None
+    assert load_config(write(tmp_path, MINIMAL | {"eval": EVERYTHING["eval"]}), ["eval=null"]).eval is None
     assert load_config(write(tmp_path, MINIMAL | {"eval": None}), ["eval.prompts.path=x"]).eval is not None
 
 
@@ -297,8 +297,10 @@ def test_keys_that_agree_pass(tmp_path: Path, overrides: list[str]) -> None:
         ("rollout.top_p=1.5", "rollout.top_p", "1.5"),
         ("rollout.probe_tolerance=0", "rollout.probe_tolerance", "0"),
         ("distill.layers=some", "distill.layers", "'some'"),
-        ("distill.layers=[0]", "distill.layers", "0"),
-        ("distill.layer_map={1: 0}", "distill.layer_map", ""),
+        ("distill.layers=[0]", "distill.layers", "greater than 0 (got 0)"),
+        ("distill.layers=[1, a]", "distill.layers", "valid integer"),
+        ("distill.layer_map={1: 0}", "distill.layer_map", "greater than 0 (got 0)"),
+        ("optimizer.lr=.inf", "optimizer.lr", "finite"),
         ("distill.coefficient=0", "distill.coefficient", "0"),
         ("optimizer.lr=.nan", "optimizer.lr", "nan"),
         ("optimizer.lr=fast", "optimizer.lr", "'fast'"),
@@ -339,6 +341,16 @@ def test_files_that_are_no_config(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}:") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00a", b"a: \x00b"], ids=["binary", "control character"])
+def test_files_that_are_no_text(tmp_path: Path, content: bytes) -> None:
+    """A binary file given by mistake costs one line too."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: not ") and "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:

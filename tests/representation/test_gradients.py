@@ -79,10 +79,19 @@ def sharded_gradients(teacher_dir: Path, student_dir: Path, parallel: ParallelCo
     targets, _ = alignment.exchange(plan, alignment.teacher_states(plan))
     optimizer.zero_grad()
     report = alignment.reduce(alignment.student_pass(plan, targets, chunks=optimizer.chunks, train=True))
+    with alignment.platform.scope():
+        optimizer.optimizer.prepare_grads()
+        norm = float(optimizer.optimizer.get_grad_norm())
     gradients = {name: p.main_grad.clone() for name, p in canonical_parameters(alignment.student.chunks).items()
                  if p.requires_grad}  # fmt: skip
     student = alignment.student
-    return {"report": report, "gradients": gradients, "coords": student.grid.coords, "sharding": student.sharding}
+    return {
+        "report": report,
+        "norm": norm,
+        "gradients": gradients,
+        "coords": student.grid.coords,
+        "sharding": student.sharding,
+    }
 
 
 def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> tuple[float, dict[str, torch.Tensor]]:
@@ -156,9 +165,11 @@ def check(tmp_path: Path, parallel: ParallelConfig, distill: DistillConfig, fami
     tiny_hf_model(family, student_dir, num_layers=4, vocab_size=VOCAB, std=0.1, seed=2, tied=tied)
     loss, expected = reference(teacher_dir, student_dir, distill)
     world = parallel.tp * parallel.pp * (parallel.dp or 1)
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
     ranks = run_ranks(world, sharded_gradients, teacher_dir, student_dir, parallel, distill)
     for rank in ranks:
         assert rank["report"].loss == pytest.approx(loss, rel=1e-6)
+        assert rank["norm"] == pytest.approx(norm, rel=1e-5)
     found = assembled(ranks, student_dir)
     assert "lm_head.weight" not in expected
     for name, gradient in expected.items():
