@@ -14,11 +14,13 @@ from oprd_megatron.evaluation.held_out import HeldOut
 from oprd_megatron.evaluation.report import write_report
 from oprd_megatron.evaluation.summary import print_summary
 from oprd_megatron.logging import (
+    METRICS_FILE,
     JsonlLogger,
     Logger,
     Loggers,
     ProgressLogger,
     TensorBoardLogger,
+    read_records,
     write_atomically,
 )
 from oprd_megatron.logging.memory import world_peak_memory_bytes
@@ -34,6 +36,9 @@ def train(config: RunConfig) -> None:
     platform = select_platform(config.run.device)
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     init_distributed(platform)
+    if is_finished(config):
+        show_result(config)
+        return
     teacher, student = build_models(checked, platform)
     held_out = HeldOut(checked, teacher, student, platform) if config.eval else None
     trainer = Trainer(checked, teacher, student, platform)
@@ -67,6 +72,18 @@ def train(config: RunConfig) -> None:
     }
     log(logger, summary)
     logger.close()
+    show_result(config)
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run directory holds this run with all its steps done: its last record is the summary of the last step."""
+    metrics = config.run.dir / METRICS_FILE
+    records = read_records(metrics) if metrics.exists() else []
+    return bool(records) and records[-1]["kind"] == "summary" and records[-1]["step"] == config.run.steps
+
+
+def show_result(config: RunConfig) -> None:
+    """Print what came out, on rank 0, and leave the process group."""
     if dist.get_rank() == 0:
         print_summary(config.run.dir, write_report(config.run.dir))
     dist.destroy_process_group()
@@ -80,7 +97,7 @@ def open_run(config: RunConfig, progress: Progress, fresh: bool) -> Loggers:
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / CONFIG_FILE, dump_config(config))
-            loggers.append(JsonlLogger(folder / "metrics.jsonl"))
+            loggers.append(JsonlLogger(folder / METRICS_FILE))
             if config.logging.tensorboard:
                 loggers.append(TensorBoardLogger(folder / "tensorboard"))
             if config.logging.progress:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from oprd_megatron.errors import UserError
 from oprd_megatron.evaluation import plots
-from oprd_megatron.logging.jsonl import read_records, write_atomically
+from oprd_megatron.logging import METRICS_FILE, read_records, write_atomically
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RunRecords:
         Raises:
             UserError: there is no such file, or it holds no record.
         """
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / METRICS_FILE
         records = read_records(path)
         if not records:
             raise UserError(f"{path}: holds no record yet; train at least one step or evaluate first")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from oprd_megatron.evaluation.comparison import before_after_table, sample_answers
-from oprd_megatron.logging import read_records
+from oprd_megatron.logging import METRICS_FILE, read_records
 
 
 def print_summary(run_dir: Path, report: Path) -> None:
@@ -15,7 +15,7 @@ def print_summary(run_dir: Path, report: Path) -> None:
         run_dir: holds metrics.jsonl.
         report: the page that `write_report` made.
     """
-    records = read_records(run_dir / "metrics.jsonl")
+    records = read_records(run_dir / METRICS_FILE)
     evals = [record for record in records if record["kind"] == "eval"]
     summary = [record for record in records if record["kind"] == "summary"][-1]
     if len(evals) > 1:

@@ -4,11 +4,12 @@
 """
 
 from oprd_megatron.logging.base import Logger, Loggers
-from oprd_megatron.logging.jsonl import JsonlLogger, read_records, write_atomically
+from oprd_megatron.logging.jsonl import METRICS_FILE, JsonlLogger, read_records, write_atomically
 from oprd_megatron.logging.progress import ProgressLogger
 from oprd_megatron.logging.tensorboard import TensorBoardLogger
 
 __all__ = [
+    "METRICS_FILE",
     "JsonlLogger",
     "Logger",
     "Loggers",

@@ -14,6 +14,9 @@ from typing import Any
 
 from oprd_megatron.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
+"""Name of the metrics in a run directory."""
+
 
 class JsonlLogger:
     """Appends records to a file.
