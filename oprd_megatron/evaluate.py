@@ -44,7 +44,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     held_out = HeldOut(checked, teacher, student, platform)
     engine = build_engine(config, config.student, platform)
     sync_weights(engine, student, version=0)
-    record = held_out.record(0, engine)
+    record = held_out.record(0, engine, samples=True)
     if dist.get_rank() == 0:
         write_atomically(out, json.dumps(record, indent=1))
     dist.destroy_process_group()

@@ -32,7 +32,7 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0"
     )
-    config.max_restarts = 0
+    config.run_id, config.max_restarts = "oprd", 0
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from oprd_megatron.checkpoint import Progress, load_checkpoint, save_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.evaluation.held_out import HeldOut
-from oprd_megatron.evaluation.report import write_report
 from oprd_megatron.evaluation.summary import print_summary
 from oprd_megatron.logging import (
     METRICS_FILE,
@@ -48,14 +47,14 @@ def train(config: RunConfig) -> None:
     logger = open_run(config, progress, fresh=checked.resume_from is None)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
-        log(logger, held_out.record(0, trainer.engine))
+        log(logger, held_out.record(0, trainer.engine, samples=True))
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
         log(logger, trainer.step(step))
         progress = Progress(step + 1, trainer.weight_version)
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
-            log(logger, held_out.record(progress.step, trainer.engine if is_last else None))
+            log(logger, held_out.record(progress.step, trainer.engine, samples=is_last))
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
             save_checkpoint(config, student, trainer.optimizer, progress, platform)
     finished = progress.step == config.run.steps
@@ -85,6 +84,8 @@ def is_finished(config: RunConfig) -> bool:
 def show_result(config: RunConfig) -> None:
     """Print what came out, on rank 0, and leave the process group."""
     if dist.get_rank() == 0:
+        from oprd_megatron.evaluation.report import write_report  # here, so that other ranks do not carry matplotlib
+
         print_summary(config.run.dir, write_report(config.run.dir))
     dist.destroy_process_group()
 

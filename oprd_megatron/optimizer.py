@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from checkpoints_conversion import canonical_parameters
 from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
 from oprd_megatron.platform import Platform
@@ -53,11 +55,11 @@ class StudentOptimizer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def first_bad_gradient(self) -> str | None:
-        """Name of a parameter on this rank whose gradient is not finite, None if there is none."""
-        for chunk in self.chunks:
-            for name, parameter in chunk.module.named_parameters():
-                if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():
-                    return name
+        """Where on this rank a gradient is not finite ("student layer 3, mlp.linear_fc2.weight"), None if nowhere."""
+        for name, parameter in canonical_parameters([chunk.module for chunk in self.chunks]).items():
+            if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():  # type: ignore[attr-defined]
+                layer = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
+                return f"student layer {int(layer[1]) + 1}, {layer[2]}" if layer else name
         return None
 
 

@@ -6,14 +6,16 @@ it starts ranks, and every rank runs it again because it needs what it returns.
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints_conversion import Architecture, check_model
+from checkpoints_conversion import Architecture, check_model, mappings_for
 from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.config.schema import ModelConfig
@@ -26,6 +28,8 @@ from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenize
 
 CONFIG_FILE = "config.yaml"
 """The resolved config, saved in the run directory."""
+
+BYTES_ON_DISK_PER_PARAMETER = 16
 
 IDENTITY = ("run.seed", "teacher.path", "student.path", "rollout.prompts", "distill")
 """What makes two configs the same run."""
@@ -71,6 +75,8 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     resume_from = _check_run_dir(config) if starts_run else None
     architectures = {name: check_model(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
+    if starts_run:
+        _check_disk(config, student)
     layouts = {
         name: resolve_layout(
             section.parallel,
@@ -118,7 +124,7 @@ def _models(config: RunConfig) -> dict[str, ModelConfig]:
 def _check_run_dir(config: RunConfig) -> Path | None:
     """The checkpoint to resume from; also refuses a run directory that cannot be written."""
     folder = config.run.dir
-    existing = next(parent for parent in (folder, *folder.parents, Path(".")) if parent.exists())
+    existing = _existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"run.dir: {existing} is not a directory that can be written; choose another run.dir")
     _refuse_another_run(config)
@@ -128,6 +134,28 @@ def _check_run_dir(config: RunConfig) -> Path | None:
             f"run.dir: {folder} already holds {newest.name}; set checkpoint.resume: auto to continue, or use another run.dir"
         )
     return newest
+
+
+def _check_disk(config: RunConfig, student: Architecture) -> None:
+    """Room for one checkpoint and the export: weights, fp32 master weights and two Adam moments make 16 bytes a parameter,
+    in fp32 (4 + 8 + 4) as in bf16 (2 + 4 + 8 + 2)."""
+    parameters = sum(
+        math.prod(shape)
+        for mapping in mappings_for(student).values()
+        for shape in (mapping.hf_shapes.values() if mapping.exported else ())
+    )
+    needed = BYTES_ON_DISK_PER_PARAMETER * parameters
+    free = shutil.disk_usage(_existing_parent(config.run.dir)).free
+    if free < needed:
+        raise UserError(
+            f"run.dir: {config.run.dir} has {free / 1e9:.1f} GB free, but a checkpoint and the exported student need "
+            f"{needed / 1e9:.1f} GB; free some space or choose another run.dir"
+        )
+
+
+def _existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (folder, *folder.parents, Path(".")) if parent.exists())
 
 
 def _refuse_another_run(config: RunConfig) -> None:

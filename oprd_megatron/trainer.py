@@ -201,7 +201,7 @@ def _stop_on_bad_loss(step: int, report: AlignmentReport, sums: dict[int, torch.
 
 
 def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer) -> None:
-    """After the update, which is not saved: name the rank and parameter of a gradient that is not finite."""
+    """After the update, which is not saved: name the rank, layer and parameter of a gradient that is not finite."""
     if not math.isfinite(grad_norm):
         _stop(step, "gradient", optimizer.first_bad_gradient())
 

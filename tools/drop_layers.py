@@ -1,7 +1,7 @@
 """A student that shares its origin with the teacher: copy a Hugging Face model without some of its layers.
 
 Every layer that stays is equal to the teacher's layer it came from, so the two models' representation spaces are
-aligned and OPRD-Vanilla (METHOD Eq. 6) applies. Layers are counted from 1.
+aligned and OPRD-Vanilla (OPRD Eq. 6) applies. Layers are counted from 1.
 
     python tools/drop_layers.py demo/teacher demo/student --drop 10,13,16,19,22,25
 

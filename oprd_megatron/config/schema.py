@@ -2,7 +2,7 @@
 
 One YAML file holds one `RunConfig`. Unknown keys are errors. The text under each field is its documentation: it is what
 `oprd config` prints. Checks that need only the config live here; checks against the models or the machine
-live where those are opened. METHOD terms: B rollouts, T response tokens, L layers, d width.
+live where those are opened. Terms: B rollouts, T response tokens, L layers, d width.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ class RolloutConfig(Strict):
     """Responses are cut at this many tokens."""
     stop: list[str] = []
     """Extra stop strings, besides the model's end-of-sequence tokens."""
+    num_engines: PositiveInt | None = None
+    """Ranks that hold an engine (a copy of the student); left out, all of them on GPUs, on CPU one for each core."""
     batch_size: PositiveInt = 64
     """Sequences one engine decodes at a time."""
     probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
@@ -102,7 +104,7 @@ class RolloutConfig(Strict):
 
 
 class DistillConfig(Strict):
-    """The representation loss (METHOD Eq. 6) and the layer map (Eq. 11)."""
+    """The representation loss (OPRD Eq. 6) and the layer map (Eq. 11)."""
 
     layers: Literal["all", "last", "even", "odd"] | list[PositiveInt] = "all"
     """Supervised student layers, 1-based: all, last, even (1, 3, 5, ..), odd (2, 4, 6, ..) or an explicit list.

@@ -49,21 +49,28 @@ class HeldOut:
             seed=checked.config.run.seed,
         )
         rollouts = collect_rollouts(engine, self.prompts, 1, params, step=0)
-        engine.close()
+        if engine is not None:
+            engine.close()
         self.answers = [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after `step` finished steps of a run of `last`."""
         return step == last or (self.config.every > 0 and step % self.config.every == 0)
 
-    def record(self, step: int, engine: RolloutEngine | None = None) -> dict[str, Any]:
-        """The eval record of `evaluate`; with the student's engine also sample answers for people to read."""
+    def record(self, step: int, engine: RolloutEngine | None, samples: bool = False) -> dict[str, Any]:
+        """The eval record of `evaluate`.
+
+        Args:
+            step: finished training steps.
+            engine: this rank's engine with the student's weights, if it holds one.
+            samples: add answers of the student for people to read.
+        """
         record = evaluate(self.alignment, self.answers, step)
-        if engine is not None:
+        if samples:
             record["samples"] = self._samples(engine)
         return record
 
-    def _samples(self, engine: RolloutEngine) -> list[dict[str, str]]:
+    def _samples(self, engine: RolloutEngine | None) -> list[dict[str, str]]:
         """The first prompts with the student's greedy answers and the teacher's."""
         params = SamplingParams(temperature=0.0, max_response_tokens=self.config.max_response_tokens)
         rollouts = collect_rollouts(engine, self.prompts[: self.config.samples], 1, params, step=0)

@@ -1,6 +1,6 @@
 """Which student layers are supervised, and by which teacher layers. Layers are 1-based global ids everywhere.
 
-METHOD Eq. 11: phi(l) = round((l - 1) / (L_S - 1) * (L_T - 1)) + 1: first to first, last to last.
+OPRD Eq. 11: phi(l) = round((l - 1) / (L_S - 1) * (L_T - 1)) + 1: first to first, last to last.
 """
 
 from __future__ import annotations

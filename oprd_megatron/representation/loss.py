@@ -1,4 +1,4 @@
-"""The representation loss (METHOD Eq. 6) as pure functions on selected rows.
+"""The representation loss (OPRD Eq. 6) as pure functions on selected rows.
 
     loss = coefficient / |Lset| * sum_l  1/M * sum_m  1/d * || h_S[l, m] - stopgrad(h_T[l, m]) ||^2
 

@@ -1,6 +1,10 @@
-"""From the config to an engine."""
+"""From the config to the engines: some ranks of the world hold one."""
 
 from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
 
 from oprd_megatron.config.schema import ModelConfig, RunConfig
 from oprd_megatron.models import DTYPES
@@ -10,7 +14,18 @@ from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.hf_engine import HFEngine
 
 
-def build_engine(config: RunConfig, section: ModelConfig, platform: Platform) -> RolloutEngine:
-    """This rank's engine for one of the models, without weights yet. Collective."""
+def build_engine(config: RunConfig, section: ModelConfig, platform: Platform) -> RolloutEngine | None:
+    """This rank's engine for one of the models, without weights yet; None if this rank holds none. Collective."""
+    world_size = dist.get_world_size()
+    count = min(config.rollout.num_engines or default_num_engines(platform), world_size)
+    holders = {index * world_size // count for index in range(count)}
+    engine = None
     with together(f"starting the rollout engine on {section.path}"):
-        return HFEngine(section.path, DTYPES[section.dtype], platform.device, config.rollout.batch_size)
+        if dist.get_rank() in holders:
+            engine = HFEngine(section.path, DTYPES[section.dtype], platform.device, config.rollout.batch_size)
+    return engine
+
+
+def default_num_engines(platform: Platform) -> int:
+    """Every rank on GPUs. On CPU as many as there are cores: more would hold memory and wait for each other."""
+    return dist.get_world_size() if platform.is_cuda else len(os.sched_getaffinity(0))

@@ -1,6 +1,6 @@
 """Tokenizers: loading one from a model directory, and the checks that it fits its model and that two of them agree.
 
-OPRD feeds the same token ids to teacher and student (METHOD, Notation), so a tokenizer that disagrees with either model
+OPRD feeds the same token ids to teacher and student (docs/method.md), so a tokenizer that disagrees with either model
 trains on nonsense without any error. The checks here are cheap and run once, before anything is loaded.
 """
 

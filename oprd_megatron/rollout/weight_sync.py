@@ -6,6 +6,7 @@ stale, lost or misplaced weight shows as a difference far above rounding, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,18 +35,23 @@ def make_probe(prompts: Sequence[Prompt]) -> list[Sample]:
     return [Sample(ids[:1], ids[1:]) for ids in cut]
 
 
-def sync_weights(engine: RolloutEngine, model: Model, version: int) -> None:
-    """Stream the model's tensors under Hugging Face names into this rank's engine. Collective over the model's grid."""
+def sync_weights(engine: RolloutEngine | None, model: Model, version: int) -> None:
+    """Stream the model's tensors under Hugging Face names into this rank's engine, if it holds one. Collective over the
+    model's grid."""
     groups = model.grid.groups
     tensors = stream_hf_weights(model.chunks, model.architecture, model.sharding, groups.tp, groups.pp)
-    engine.update_weights(version, tensors)
+    if engine is not None:
+        engine.update_weights(version, tensors)
+    for _ in tensors:  # the stream is collective: a rank without an engine takes its part and keeps nothing
+        pass
 
 
-def probe_difference(engine: RolloutEngine, model: Model, platform: Platform, probe: Sequence[Sample]) -> float:
+def probe_difference(engine: RolloutEngine | None, model: Model, platform: Platform, probe: Sequence[Sample]) -> float:
     """Largest |log p_engine - log p_trainer| over the probe's tokens and all ranks. Collective over the world."""
-    per_rank = score(model, platform, probe)
-    from_engine = torch.cat(engine.score([list(sample.ids) for sample in probe]))
-    difference = (from_engine - per_rank).abs().max().reshape(1)
+    from_trainer, difference = score(model, platform, probe), torch.zeros(1)
+    if engine is not None:
+        from_engine = torch.cat(engine.score([list(sample.ids) for sample in probe]))
+        difference = (from_engine - from_trainer).abs().max().reshape(1)
     difference = torch.where(difference.isnan(), torch.inf, difference)
     dist.all_reduce(difference, op=dist.ReduceOp.MAX)
     return float(difference)
@@ -55,8 +61,13 @@ def check_probe(difference: float, tolerance: float, version: int) -> None:
     """Stop when engine and trainer are not the same policy.
 
     Raises:
-        WeightSyncError: the difference is above the tolerance.
+        WeightSyncError: the difference is above the tolerance, or a log-probability is not finite.
     """
+    if not math.isfinite(difference):
+        raise WeightSyncError(
+            f"weight sync of version {version}: log-probabilities of the probe are not finite; the student's weights hold "
+            "NaN or infinity, start from a sound student or checkpoint"
+        )
     if not difference <= tolerance:
         raise WeightSyncError(
             f"weight sync of version {version}: engine and trainer differ by {difference:.3g} nats on the probe (allowed: "

@@ -52,6 +52,7 @@ DEFAULTS = {
         "max_response_tokens": 1024,
         "stop": [],
         "batch_size": 64,
+        "num_engines": None,
         "probe_tolerance": None,
     },
     "distill": {

@@ -1,4 +1,4 @@
-"""Layer maps and layer sets (METHOD Eq. 11), against tables and against exact fractions."""
+"""Layer maps and layer sets (OPRD Eq. 11), against tables and against exact fractions."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_raw_gradient_is_twice_the_difference_over_the_width() -> None:
 
 
 def test_normalised_term_is_two_minus_two_cosines_over_the_width() -> None:
-    """METHOD: (2 - 2 cos) / d for each row, whatever the lengths of the vectors."""
+    """OPRD: (2 - 2 cos) / d for each row, whatever the lengths of the vectors."""
     student, teacher = 7 * rows(5, 1), rows(5, 2) / 9
     cosine = torch.cosine_similarity(student, teacher, dim=-1)
     expected = ((2 - 2 * cosine) / D).sum()

