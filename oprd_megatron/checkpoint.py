@@ -80,11 +80,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     tracker = folder / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
-    newest = folder / f"iter_{int(text):07d}" if text.isdigit() else folder / text
+    text = tracker.read_text(errors="replace").strip()[:64]
+    newest = folder / (f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not (newest / "metadata.json").is_file():
         raise CheckpointError(
-            f"{tracker}: names {newest.name}, which is missing or incomplete; write the number of a complete "
+            f"{tracker}: names {newest.name!r}, which is missing or incomplete; write the number of a complete "
             f"checkpoint into it, or delete it to start again"
         )
     return newest

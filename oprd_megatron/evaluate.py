@@ -1,6 +1,8 @@
 """Entry point of a rank for `oprd eval`: score a student on the teacher's answers to held-out prompts.
 
 torchrun --nproc-per-node N -m oprd_megatron.evaluate CONFIG.yaml OUT.json [CHECKPOINT] -- key.sub=value ..
+
+Heavy modules are imported only once the libraries have been told to be quiet.
 """
 
 from __future__ import annotations
@@ -10,19 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
-from oprd_megatron.checkpoint import load_weights
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.evaluation.held_out import HeldOut
-from oprd_megatron.logging import write_atomically
-from oprd_megatron.platform import init_distributed, select_platform
-from oprd_megatron.preflight import preflight
-from oprd_megatron.rollout.build import build_engine
-from oprd_megatron.rollout.weight_sync import sync_weights
-from oprd_megatron.trainer import build_models
 
 
 def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
@@ -33,6 +25,17 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
         out: json file.
         checkpoint: an iter_* directory with the student's weights; None takes `student.path` as it is.
     """
+    import torch.distributed as dist
+
+    from oprd_megatron.checkpoint import load_weights
+    from oprd_megatron.evaluation.held_out import HeldOut
+    from oprd_megatron.logging import write_atomically
+    from oprd_megatron.platform import init_distributed, select_platform
+    from oprd_megatron.preflight import preflight
+    from oprd_megatron.rollout.build import build_engine
+    from oprd_megatron.rollout.weight_sync import sync_weights
+    from oprd_megatron.trainer import build_models
+
     if config.eval is None:
         raise ConfigError("eval: the config has no eval section; add eval.prompts.path")
     platform = select_platform(config.run.device)

@@ -55,6 +55,8 @@ def train(config: RunConfig) -> None:
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
             log(logger, held_out.record(progress.step, trainer.engine, samples=is_last))
+        if progress.step == last:
+            trainer.close()  # the engine's copy of the student need not be there while saving and exporting
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
             save_checkpoint(config, student, trainer.optimizer, progress, platform)
     finished = progress.step == config.run.steps

@@ -97,6 +97,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
+    check_tokenizer(tokenizer, teacher.vocab_size, config.teacher.path)
     prompts = load_prompts(config.rollout.prompts, tokenizer)
     held_out: list[Prompt] = []
     if config.eval is not None:

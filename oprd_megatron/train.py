@@ -11,10 +11,15 @@ import sys
 
 from oprd_megatron.config import load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
+from oprd_megatron.errors import UserError
 
 if __name__ == "__main__":
     quiet_libraries()
     with one_line_errors():
+        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+            raise UserError(
+                "usage: torchrun .. -m oprd_megatron.train CONFIG.yaml [key.sub=value ..]; see oprd train --help"
+            )
         run = load_config(sys.argv[1], sys.argv[2:])
         from oprd_megatron.loop import train
 

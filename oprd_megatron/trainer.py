@@ -161,6 +161,11 @@ class Trainer:
         self.weight_version = version
         return difference
 
+    def close(self) -> None:
+        """Free the rollout engine's memory; no step can follow."""
+        if self.engine is not None:
+            self.engine.close()
+
 
 def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool) -> None:
     """Write the student as a Hugging Face directory beside the tokenizer files of `source`. Collective."""
