@@ -107,7 +107,6 @@ def rollout(
     from oprd_megatron.config import load_config
     from oprd_megatron.rollout.record import record_rollouts
 
-    quiet_libraries()
     _refuse_existing(out)
     run = load_config(config, overrides or [])
     count = record_rollouts(run, weights or run.student.path, out, steps)
@@ -125,7 +124,6 @@ def export(
     """
     from oprd_megatron.exporting import export_checkpoint
 
-    quiet_libraries()
     export_checkpoint(run_dir, out)
     typer.echo(f"student in {out}")
 
@@ -138,7 +136,6 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory; the run 
     """
     from oprd_megatron.evaluation.report import write_report
 
-    quiet_libraries()
     typer.echo(write_report(run_dir))
 
 
@@ -179,6 +176,7 @@ def _refuse_existing(out: Path | None) -> None:
 
 def main() -> None:
     """Console entry point."""
+    quiet_libraries()  # before any command imports torch or mcore
     with one_line_errors():
         app()
     sys.exit(0)

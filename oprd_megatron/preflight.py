@@ -1,7 +1,7 @@
 """Everything that can be known to be wrong before long work starts.
 
-Needs no process group and reads no tensor data: configs, headers, tokenizers and prompts only. The launcher runs it before
-it starts ranks, and every rank runs it again because it needs what it returns.
+Needs no process group and reads no tensor data: configs, headers, tokenizers and prompts only. Every rank
+runs it, because every rank needs what it returns; the same input gives the same answer or the same error on all.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ class Checked:
     prompts: list[Prompt]
     held_out: list[Prompt]
     resume_from: Path | None
+
+    @property
+    def shared_vocab_size(self) -> int:
+        """Ids that both models have: models of one family pad their vocabularies differently (151,936 and 152,064)."""
+        return min(self.teacher.vocab_size, self.student.vocab_size)
 
 
 def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Checked:

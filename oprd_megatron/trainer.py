@@ -84,6 +84,7 @@ class Trainer:
         self.source = PromptSource(checked.prompts, config.run.seed)
         self.engine = build_engine(config, config.student, platform)
         self.probe = make_probe(checked.prompts)
+        self.vocab_size = checked.shared_vocab_size
         self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
         self.weight_version = 0
 
@@ -101,7 +102,7 @@ class Trainer:
         with phase("teacher"):
             states = self.alignment.teacher_states(plan)
         with phase("exchange"):
-            targets, bytes_sent = self.alignment.exchange(plan, states)
+            targets, _ = self.alignment.exchange(plan, states)
         with phase("student"):
             self.optimizer.zero_grad()
             sums = self.alignment.student_pass(plan, targets, chunks=self.optimizer.chunks, train=True)
@@ -121,7 +122,7 @@ class Trainer:
             "supervised_tokens": plan.num_tokens,
             **_throughput(rollouts, time.perf_counter() - start),
             "seconds": phase.seconds,
-            "bytes_sent": bytes_sent,
+            "exchanged_bytes": self.alignment.exchanged_bytes(plan),
             "probe_difference": difference,
             "weight_version": self.weight_version,
             "layers": {
@@ -142,6 +143,7 @@ class Trainer:
             max_response_tokens=section.max_response_tokens,
             stop=tuple(section.stop),
             seed=self.config.run.seed,
+            vocab_size=self.vocab_size,
         )
         prompts = self.source.batch(step, section.prompts_per_step)
         return collect_rollouts(self.engine, prompts, section.responses_per_prompt, params, step)

@@ -14,7 +14,7 @@ from tools.make_demo_teacher import make_demo_teacher
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    """A tiny run (five-layer teacher, four-layer student, a handful of prompts; seconds) as nested dicts, for a test to change."""
+    """A tiny run (five-layer teacher, four-layer student, few prompts; seconds) as nested dicts, for a test to change."""
     for name, layers, seed in (("teacher", 5, 1), ("student", 4, 2)):
         tiny_hf_model("llama", tmp_path / name, num_layers=layers, seed=seed, std=0.1)
     for name, first in (("train", 0), ("held_out", 50)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,12 +44,13 @@ class HeldOut:
         self.alignment = Alignment(teacher, student, checked.config.distill, platform, self.config.micro_batch_size)
         engine = build_engine(checked.config, checked.config.teacher, platform)
         sync_weights(engine, teacher, version=0)
-        params = SamplingParams(
+        self.sampling = SamplingParams(
             temperature=self.config.temperature,
             max_response_tokens=self.config.max_response_tokens,
             seed=checked.config.run.seed,
+            vocab_size=checked.shared_vocab_size,
         )
-        rollouts = collect_rollouts(engine, self.prompts, 1, params, step=0)
+        rollouts = collect_rollouts(engine, self.prompts, 1, self.sampling, step=0)
         if engine is not None:
             engine.close()
         self.answers = [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
@@ -72,7 +74,7 @@ class HeldOut:
 
     def _samples(self, engine: RolloutEngine | None) -> list[dict[str, str]]:
         """The first prompts with the student's greedy answers and the teacher's."""
-        params = SamplingParams(temperature=0.0, max_response_tokens=self.config.max_response_tokens)
+        params = replace(self.sampling, temperature=0.0)
         rollouts = collect_rollouts(engine, self.prompts[: self.config.samples], 1, params, step=0)
         return [
             {"prompt": prompt.text, "response": self._text(rollout), "teacher": self._text(answer)}

@@ -22,6 +22,7 @@ from oprd_megatron.representation.exchange import Outbox, Targets, exchange
 from oprd_megatron.representation.injection import Aligner
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS, LossScale
+from oprd_megatron.representation.route import planned_bytes
 from oprd_megatron.representation.taps import attach_taps
 
 
@@ -99,6 +100,10 @@ class Alignment:
     def exchange(self, plan: BatchPlan, outbox: Outbox) -> tuple[Targets, int]:
         """Send the states where they are needed. Returns this rank's targets and the bytes it sent."""
         return exchange(outbox, plan.student.tokens)
+
+    def exchanged_bytes(self, plan: BatchPlan) -> int:
+        """Bytes that the exchange moves between ranks, over the whole world."""
+        return sum(planned_bytes(plan.transfers, self.width, self.wire_dtype.itemsize).values())
 
     def student_pass(
         self,

@@ -36,6 +36,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Stop strings, besides the model's end-of-sequence tokens."""
     seed: int = 0
+    vocab_size: int | None = None
+    """Only ids below this are written; None allows all. For a model whose partner has a smaller vocabulary."""
 
 
 @dataclass(frozen=True)

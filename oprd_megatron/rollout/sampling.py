@@ -33,14 +33,28 @@ def sample_seed(seed: int, step: int, sample_index: int) -> int:
 def logits_processors(
     params: SamplingParams, step: int, sample_indices: list[int], device: torch.device
 ) -> LogitsProcessorList:
-    """Temperature, then top-p, then noise, for rows that are the samples `sample_indices`; nothing if greedy."""
+    """The vocabulary's limit; then, unless greedy, temperature, top-p and noise for the samples `sample_indices`."""
+    processors: list[LogitsProcessor] = [] if params.vocab_size is None else [VocabLimit(params.vocab_size)]
     if params.temperature == 0:
-        return LogitsProcessorList()
-    processors: list[LogitsProcessor] = [Temperature(params.temperature)]
+        return LogitsProcessorList(processors)
+    processors.append(Temperature(params.temperature))
     if params.top_p < 1:
         processors.append(TopPLogitsWarper(params.top_p))
     seeds = [sample_seed(params.seed, step, index) for index in sample_indices]
     return LogitsProcessorList([*processors, GumbelNoise(seeds, device)])
+
+
+class VocabLimit(LogitsProcessor):
+    """Rules out ids that the other model does not have."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Args: input_ids [B, S] int64 (not read), scores [B, V]. Returns [B, V] with -inf from `vocab_size` on."""
+        if scores.size(-1) <= self.vocab_size:
+            return scores
+        return scores.index_fill(-1, torch.arange(self.vocab_size, scores.size(-1), device=scores.device), -torch.inf)
 
 
 class Temperature(LogitsProcessor):

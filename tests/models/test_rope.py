@@ -37,6 +37,5 @@ def test_llama3_scaling_equals_transformers(tmp_path: Path, layout: str, origina
     make_model(tmp_path / "plain", {"rope_type": "default"})
     ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     scaled, plain = (reference(tmp_path / name, ids)[1] for name in ("scaled", "plain"))
-    print("effect", (scaled - plain).abs().max().item(), scaled.abs().max().item())
     assert (scaled - plain).abs().max() > 100 * TOLERANCE * scaled.abs().max()
     assert_parity(tmp_path / "scaled", LAYOUTS[layout], ids, pad_heads=False, vocab=VOCAB, tolerance=TOLERANCE)

@@ -27,7 +27,10 @@ pytestmark = [
 
 def prompts(hf_dir: Path) -> torch.Tensor:
     """Two texts of the same length, as token ids [2, S]."""
-    texts = ["The capital of France is Paris, and the capital of Italy", "def add(a, b):\n    return a + b  # 1 + 2 = 3, so"]
+    texts = [
+        "The capital of France is Paris, and the capital of Italy",
+        "def add(a, b):\n    return a + b  # 1 + 2 = 3, so",
+    ]
     rows = AutoTokenizer.from_pretrained(hf_dir)(texts)["input_ids"]
     return torch.tensor([row[: min(map(len, rows))] for row in rows])
 

@@ -55,6 +55,20 @@ def test_top_p_is_taken_after_temperature() -> None:
     assert (draws(SamplingParams(temperature=5.0, top_p=0.8, seed=2), 2000) > 0).sum() > 3
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_beyond_the_limit_are_never_written(temperature: float) -> None:
+    """Neither sampled nor greedy text holds an id that the other model lacks; the odds of the rest stay."""
+    reversed_logits = LOGITS.flip(0)  # the likeliest ids are the last ones
+    params = SamplingParams(temperature=temperature, seed=4, vocab_size=3)
+    processors = logits_processors(params, step=0, sample_indices=list(range(5000)), device=CPU)
+    drawn = processors(IDS, reversed_logits.repeat(5000, 1)).argmax(-1)
+    assert drawn.max() < 3
+    if temperature:
+        observed = torch.bincount(drawn, minlength=3).double()
+        expected = reversed_logits[:3].double().softmax(-1) * 5000
+        assert ((observed - expected) ** 2 / expected).sum() < 13.8  # 99.9 % quantile for 2 degrees of freedom
+
+
 def test_temperature_zero_leaves_the_logits_alone() -> None:
     """Greedy decoding has no processors at all."""
     assert len(logits_processors(SamplingParams(temperature=0, top_p=0.5), 0, [0], CPU)) == 0

@@ -322,7 +322,6 @@ def test_disk_full_in_the_middle_of_a_checkpoint(
     values = short_run(values, **layout)
     folder = tmp_path / "run" / "checkpoints"
     sizes = {path.name: path.stat().st_size for path in (folder / "iter_0000002").iterdir()}
-    print(sizes)
     errors = run_ranks(2 if layout else 1, run_on_a_full_disk, values, sizes[file] - 1)
     for error in errors:
         assert "\n" not in error
