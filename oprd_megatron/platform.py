@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,7 +81,7 @@ def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
     """
     if not platform.is_cuda and "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, available_cores() // ranks_here))
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -88,6 +89,13 @@ def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
         dist.init_process_group(platform.backend, timeout=timeout)
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _CudaFactoriesOnCpu(TorchFunctionMode):

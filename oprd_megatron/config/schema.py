@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -135,7 +136,7 @@ class OptimizerConfig(Strict):
     """Learning rate at the last step."""
     warmup_fraction: Fraction = 0.03
     """Share of the steps that warm up linearly."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Adam's epsilon."""

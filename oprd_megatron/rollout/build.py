@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch.distributed as dist
 
 from oprd_megatron.config.schema import ModelConfig, RunConfig
 from oprd_megatron.models import DTYPES
 from oprd_megatron.parallel.agreement import together
-from oprd_megatron.platform import Platform
+from oprd_megatron.platform import Platform, available_cores
 from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.hf_engine import HFEngine
 
@@ -28,4 +26,4 @@ def build_engine(config: RunConfig, section: ModelConfig, platform: Platform) ->
 
 def default_num_engines(platform: Platform) -> int:
     """Every rank on GPUs. On CPU as many as there are cores: more would hold memory and wait for each other."""
-    return dist.get_world_size() if platform.is_cuda else len(os.sched_getaffinity(0))
+    return dist.get_world_size() if platform.is_cuda else available_cores()
