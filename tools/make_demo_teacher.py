@@ -74,7 +74,7 @@ def _convert(gguf_path: Path, out_dir: Path) -> None:
     )
     read.config._model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     read.config.rms_norm_eps = 1e-5  # GGUF holds it in fp32: 9.99999974e-06
-    model = LlamaForCausalLM(read.config)
+    model = LlamaForCausalLM(read.config)  # type: ignore[arg-type]
     model.load_state_dict(read.state_dict())
     ids = {name: getattr(read.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)

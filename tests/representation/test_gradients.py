@@ -55,10 +55,19 @@ def samples() -> list[Sample]:
     return [Sample(draw(prompt), draw(response)) for prompt, response in lengths]
 
 
-def build(teacher_dir: Path, student_dir: Path, parallel: ParallelConfig, distill: DistillConfig, micro_batch: int):
+def build(
+    teacher_dir: Path,
+    student_dir: Path,
+    parallel: ParallelConfig,
+    distill: DistillConfig,
+    micro_batch: int,
+    teacher_parallel: ParallelConfig | None = None,
+) -> Alignment:
+    """Teacher and student on this rank; `teacher_parallel` where the teacher's layout is another than the student's."""
     platform = select_platform("cpu")
     models = []
-    for hf_dir, frozen in ((teacher_dir, True), (student_dir, False)):
+    layouts = (teacher_parallel or parallel, parallel)
+    for hf_dir, frozen, parallel in zip((teacher_dir, student_dir), (True, False), layouts, strict=True):
         architecture = read_architecture(hf_dir)
         layout = resolve_layout(
             parallel, name="parallel", world_size=dist.get_world_size(), num_layers=architecture.num_layers,
@@ -71,9 +80,15 @@ def build(teacher_dir: Path, student_dir: Path, parallel: ParallelConfig, distil
     return Alignment(*models, distill, platform, micro_batch)
 
 
-def sharded_gradients(teacher_dir: Path, student_dir: Path, parallel: ParallelConfig, distill: DistillConfig) -> dict:
+def sharded_gradients(
+    teacher_dir: Path,
+    student_dir: Path,
+    parallel: ParallelConfig,
+    distill: DistillConfig,
+    teacher_parallel: ParallelConfig | None = None,
+) -> dict:
     """This rank's report and {canonical name: gradient shard} after one batch of 2-sample micro-batches."""
-    alignment = build(teacher_dir, student_dir, parallel, distill, micro_batch=2)
+    alignment = build(teacher_dir, student_dir, parallel, distill, 2, teacher_parallel)
     optimizer = build_optimizer(alignment.student, OptimizerConfig(), 10, alignment.platform)
     plan = alignment.plan(samples())
     targets, _ = alignment.exchange(plan, alignment.teacher_states(plan))
@@ -159,14 +174,40 @@ def test_families_equal_reference(tmp_path: Path, layout: str, family: str) -> N
     check(tmp_path, LAYOUTS[layout], CONFIGS["vanilla"], family, tied=False)
 
 
-def check(tmp_path: Path, parallel: ParallelConfig, distill: DistillConfig, family: str, tied: bool) -> None:
+UNEQUAL = {
+    "tp2_to_pp2": (ParallelConfig(tp=2), ParallelConfig(pp=2)),
+    "pp2_to_tp2": (ParallelConfig(pp=2, layers_per_stage=[4, 1]), ParallelConfig(tp=2)),
+    "tp2sp_to_dp2": (ParallelConfig(tp=2, sp=True), ParallelConfig(dp=2)),
+    "dp2_to_tp2sp": (ParallelConfig(dp=2), ParallelConfig(tp=2, sp=True)),
+    "tp2pp2_to_tp2dp2": (ParallelConfig(tp=2, pp=2), ParallelConfig(tp=2, dp=2)),
+    "pp4_to_tp2sp_pp2": (ParallelConfig(pp=4), ParallelConfig(tp=2, pp=2, sp=True)),
+    "dp4_to_pp2tp2": (ParallelConfig(dp=4), ParallelConfig(pp=2, tp=2)),
+}
+
+
+@pytest.mark.parametrize("layouts", UNEQUAL)
+def test_a_teacher_in_another_layout(tmp_path: Path, layouts: str) -> None:
+    """The interface does not assume equal layouts: value and gradients are the reference's whatever grid the teacher has."""
+    teacher, student = UNEQUAL[layouts]
+    check(tmp_path, student, CONFIGS["crossing_pairs"], "llama", tied=True, teacher_parallel=teacher)
+    check(tmp_path, student, CONFIGS["vanilla"], "llama", tied=True, teacher_parallel=teacher)
+
+
+def check(
+    tmp_path: Path,
+    parallel: ParallelConfig,
+    distill: DistillConfig,
+    family: str,
+    tied: bool,
+    teacher_parallel: ParallelConfig | None = None,
+) -> None:
     teacher_dir, student_dir = tmp_path / "teacher", tmp_path / "student"
     tiny_hf_model(family, teacher_dir, num_layers=5, vocab_size=VOCAB, std=0.1, seed=1, tied=tied)
     tiny_hf_model(family, student_dir, num_layers=4, vocab_size=VOCAB, std=0.1, seed=2, tied=tied)
     loss, expected = reference(teacher_dir, student_dir, distill)
     world = parallel.tp * parallel.pp * (parallel.dp or 1)
     norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm().item()
-    ranks = run_ranks(world, sharded_gradients, teacher_dir, student_dir, parallel, distill)
+    ranks = run_ranks(world, sharded_gradients, teacher_dir, student_dir, parallel, distill, teacher_parallel)
     for rank in ranks:
         assert rank["report"].loss == pytest.approx(loss, rel=1e-6)
         assert rank["norm"] == pytest.approx(norm, rel=1e-5)
