@@ -98,7 +98,8 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
             "a bridge, which this version does not have: use a student of the teacher's width"
         )
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
-    _check_batch(config, layouts["student"])
+    for layout in layouts.values():
+        _check_batch(config, layout)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))

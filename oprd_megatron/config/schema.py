@@ -56,7 +56,7 @@ class ModelConfig(Strict):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter dtype. A bf16 student trains with fp32 master weights."""
     parallel: ParallelConfig = ParallelConfig()
-    """Parallel layout."""
+    """Parallel layout; teacher and student share all ranks, but each may divide them in its own way."""
     pad_heads: bool = False
     """Let tp split a head count it does not divide by adding attention heads that are zero and stay zero."""
 
@@ -236,12 +236,6 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        mine, theirs = self.student.parallel, self.teacher.parallel
-        if (mine.tp, mine.pp, mine.dp, mine.sp) != (theirs.tp, theirs.pp, theirs.dp, theirs.sp):
-            raise ValueError(
-                "teacher.parallel and student.parallel differ in tp, pp, dp or sp; this version needs them equal "
-                "(layers_per_stage may differ)"
-            )
         rollouts = self.rollout.prompts_per_step * self.rollout.responses_per_prompt
         if rollouts % self.run.micro_batch_size:
             raise ValueError(

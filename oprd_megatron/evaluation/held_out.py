@@ -8,6 +8,7 @@ grow with their number, and by one forward of each model: the head is applied to
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,12 @@ import torch
 import torch.distributed as dist
 
 from oprd_megatron.models import Model
-from oprd_megatron.objectives.final_states import FinalStates
+from oprd_megatron.objectives.final_states import (
+    FinalStates,
+    TeacherFinals,
+    head_log_probs,
+    teacher_head,
+)
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather, vocab_parallel_kl
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
@@ -53,6 +59,7 @@ class HeldOut:
         rollouts = collect_rollouts(engine, self.prompts, 1, self.sampling, step=0)
         if engine is not None:
             engine.close()
+        self.head = teacher_head(teacher, student)
         self.answers = [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
 
     def due(self, step: int, last: int) -> bool:
@@ -67,7 +74,7 @@ class HeldOut:
             engine: this rank's engine with the student's weights, if it holds one.
             samples: add answers of the student for people to read.
         """
-        record = evaluate(self.alignment, self.answers, step)
+        record = evaluate(self.alignment, self.answers, step, self.head)
         if samples:
             record["samples"] = self._samples(engine)
         return record
@@ -85,23 +92,27 @@ class HeldOut:
         return str(self.tokenizer.decode(list(answer.response_ids), skip_special_tokens=True))
 
 
-def evaluate(alignment: Alignment, answers: Sequence[Sample], step: int) -> dict[str, Any]:
+def evaluate(
+    alignment: Alignment, answers: Sequence[Sample], step: int, head: torch.Tensor | None = None
+) -> dict[str, Any]:
     """Score the student on the teacher's answers. Collective; every rank returns the same record.
 
     Args:
         alignment: teacher and student; its `micro_batch_size` is the number of answers scored at a time.
         answers: the teacher's answers to the held-out prompts.
         step: finished training steps.
+        head: from `teacher_head`, if it is at hand.
 
     Returns:
         {"kind": "eval", "step", "kl", "cross_entropy", "cosine", "tokens", "seconds", "layers": {..}}; kl and
         cross_entropy in nats a token.
     """
     start = time.perf_counter()
+    head = teacher_head(alignment.teacher, alignment.student) if head is None else head
     totals = torch.zeros(3, dtype=torch.float64)
     sums: dict[int, torch.Tensor] = {}
     for samples in _portions(answers, alignment):
-        part, layer_sums = _score(alignment, samples)
+        part, layer_sums = _score(alignment, samples, head)
         totals += part
         for layer, value in layer_sums.items():
             sums[layer] = sums.get(layer, 0) + value
@@ -121,38 +132,34 @@ def evaluate(alignment: Alignment, answers: Sequence[Sample], step: int) -> dict
 
 
 def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[Sample]]:
-    """Answers in portions that fill the pipeline once; the last is filled up with samples without a response, which are
+    """Answers in portions that fill the pipelines once; the last is filled up with samples without a response, which are
     not scored."""
-    layout = alignment.student.grid.layout
-    unit = alignment.micro_batch_size * layout.dp
-    size = unit * layout.pp
+    layouts = alignment.teacher.grid.layout, alignment.student.grid.layout
+    unit = alignment.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
+    size = unit * max(layout.pp for layout in layouts)
     for first in range(0, len(answers), size):
         portion = list(answers[first : first + size])
         filler = Sample(portion[0].prompt_ids, ())
         yield portion + [filler] * (-len(portion) % unit)
 
 
-def _score(alignment: Alignment, samples: list[Sample]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+def _score(
+    alignment: Alignment, samples: list[Sample], head: torch.Tensor | None
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """This rank's [KL, cross-entropy, tokens] sums (on one rank of each tensor-parallel group) and layer sums."""
-    plan = alignment.plan(samples)
-    teacher = FinalStates(alignment.teacher, samples, plan.teacher.arrangement)
+    plan, grid = alignment.plan(samples), alignment.student.grid
+    teacher = TeacherFinals(alignment.teacher, alignment.student, plan, alignment.platform.device)
     student = FinalStates(alignment.student, samples, plan.student.arrangement)
     targets, _ = alignment.exchange(plan, alignment.teacher_states(plan, on_output=teacher.on_output))
+    teacher_states = teacher.states()
     layer_sums = alignment.student_pass(plan, targets, train=False, on_output=student.on_output)
     totals = torch.zeros(3, dtype=torch.float64)
-    grid = alignment.student.grid
-    if grid.is_last_stage:
-        vocab = shared_vocab_size(alignment.teacher, alignment.student)
-        chunks = zip(teacher.log_probs(vocab), student.log_probs(vocab), student.target_ids(), strict=True)
-        for teacher_log_probs, student_log_probs, ids in chunks:
-            divergence = vocab_parallel_kl(teacher_log_probs, student_log_probs, grid.groups.tp)
-            log_probs = vocab_parallel_gather(student_log_probs, ids, grid.groups.tp)
-            totals += torch.stack(
-                [divergence.double().sum(), -log_probs.double().sum(), torch.tensor(float(len(ids)))]
-            ).cpu()
+    if head is not None and teacher_states is not None:
+        vocab = min(alignment.teacher.architecture.vocab_size, alignment.student.architecture.vocab_size)
+        heads = (teacher_states, head), (student.states(), alignment.student.head_weight)
+        log_probs = [head_log_probs(states, weight, vocab, grid.groups.tp) for states, weight in heads]
+        for log_p, log_q, ids in zip(*log_probs, student.target_chunks(), strict=True):
+            divergence = vocab_parallel_kl(log_p, log_q, grid.groups.tp).double().sum()
+            cross_entropy = -vocab_parallel_gather(log_q, ids, grid.groups.tp).double().sum()
+            totals += torch.tensor([divergence, cross_entropy, len(ids)], dtype=torch.float64)
     return totals if grid.coords.tp == 0 else torch.zeros(3, dtype=torch.float64), layer_sums
-
-
-def shared_vocab_size(teacher: Model, student: Model) -> int:
-    """Ids that both heads have: models of one family pad their vocabularies differently (151,936 and 152,064)."""
-    return min(teacher.architecture.vocab_size, student.architecture.vocab_size)

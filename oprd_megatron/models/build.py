@@ -47,6 +47,7 @@ class Model:
         sharding: padded sizes and this rank's tensor-parallel shard.
         config: mcore's configuration.
         chunks: this rank's GPTModel chunks, first to last (one without virtual pipeline stages).
+        source: the Hugging Face directory that the weights came from.
     """
 
     architecture: Architecture
@@ -54,6 +55,14 @@ class Model:
     sharding: Sharding
     config: TransformerConfig
     chunks: list[GPTModel]
+    source: Path
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """The LM head's shard [V_local, D] on the last stage; the embedding's if they are tied."""
+        chunk = self.chunks[-1]
+        tied = self.architecture.tie_word_embeddings
+        return chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
 
 
 def tp_divisible(architecture: Architecture, pad_heads: bool) -> dict[str, int]:
@@ -121,7 +130,7 @@ def build_model(
         load_hf_weights([chunk], hf_dir, sharding, architecture)
     if frozen:
         chunk.requires_grad_(False).eval()
-    return Model(architecture, grid, sharding, config, [chunk])
+    return Model(architecture, grid, sharding, config, [chunk], hf_dir)
 
 
 def transformer_config(

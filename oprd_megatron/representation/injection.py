@@ -21,10 +21,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
@@ -40,26 +38,13 @@ from oprd_megatron.representation.loss import (
     row_loss,
 )
 from oprd_megatron.representation.placement import TokenPlacement
-
-
-@dataclass(frozen=True)
-class BlockRows:
-    """The supervised rows of one micro-batch, as this rank needs them.
-
-    Attributes:
-        mine: rows of the local block that this rank's loss covers; [N] int64.
-        by_rank: on replicated states the rows of every tensor-parallel rank, in rank order; None when each rank's block
-            is its own (sequence parallelism or tp 1).
-    """
-
-    mine: torch.Tensor
-    by_rank: tuple[torch.Tensor, ...] | None
+from oprd_megatron.representation.rows import BlockRows, block_rows, gather_rows
 
 
 class InjectRowLoss(torch.autograd.Function):
     """Identity on the hidden state; backward adds weight * d row_loss / d hidden at the supervised rows.
 
-    Forward: no collectives. Backward: one all-gather over `tp_group` if `rows.by_rank` is given, else none.
+    Forward: no collectives. Backward: one all-gather over `tp_group` if the rows are replicated, else none.
     """
 
     @staticmethod
@@ -85,8 +70,8 @@ class InjectRowLoss(torch.autograd.Function):
             loss = ctx.weight * row_loss(selected, target.float(), ctx.how)
         (row_gradient,) = torch.autograd.grad(loss, selected)
         rows, row_gradient = ctx.rows.mine, row_gradient.to(gradient.dtype)
-        if ctx.rows.by_rank is not None:
-            rows, row_gradient = _gather_rows(row_gradient, ctx.rows.by_rank, ctx.tp_group)
+        if ctx.rows.replicated:
+            rows, row_gradient = torch.cat(ctx.rows.by_rank), gather_rows(row_gradient, ctx.rows.by_rank, ctx.tp_group)
         total = gradient.clone(memory_format=torch.contiguous_format)
         total.view(-1, total.size(-1)).index_add_(0, rows, row_gradient)
         return total, None, None, None, None, None
@@ -119,7 +104,7 @@ class Aligner:
         self.teacher_layer = {pair.student_layer: pair.teacher_layer for pair in pairs}
         self.targets, self.scale, self.how = targets, scale, how
         self.tp_group = grid.groups.tp
-        self.rows = _block_rows(tokens, grid, device)
+        self.rows = block_rows(tokens, grid, device)
         self._sums: dict[tuple[int, int], torch.Tensor] = {}
 
     def on_state(self, layer: int, micro_batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -145,32 +130,3 @@ class Aligner:
         for (_, layer), value in self._sums.items():
             totals[layer] = totals[layer] + value.cpu()
         return dict(totals)
-
-
-def _block_rows(tokens: TokenPlacement, grid: Grid, device: torch.device) -> dict[int, BlockRows]:
-    """{micro-batch: rows} of this rank's data-parallel share; micro-batches without supervised tokens are left out."""
-    here = tokens.dp == grid.coords.dp
-    blocks = {}
-    for micro_batch in np.unique(tokens.micro_batch[here]):
-        members = np.flatnonzero(here & (tokens.micro_batch == micro_batch))
-        members = members[np.argsort(tokens.row[members], kind="stable")]
-        by_rank = tuple(
-            torch.from_numpy(tokens.local_row[members[tokens.shard[members] == tp]]).to(device)
-            for tp in range(grid.layout.tp)
-        )
-        share = tokens.replicated and grid.layout.tp > 1
-        blocks[int(micro_batch)] = BlockRows(by_rank[grid.coords.tp], by_rank if share else None)
-    return blocks
-
-
-def _gather_rows(
-    mine: torch.Tensor, rows_by_rank: tuple[torch.Tensor, ...], group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ranks' rows and gradients: ([sum N], [sum N, D]). One all-gather of blocks padded to the longest share."""
-    longest = max(len(rows) for rows in rows_by_rank)
-    padded = mine.new_zeros(longest, mine.size(-1))
-    padded[: len(mine)] = mine
-    gathered = [torch.empty_like(padded) for _ in rows_by_rank]
-    dist.all_gather(gathered, padded, group=group)
-    shares = [block[: len(rows)] for block, rows in zip(gathered, rows_by_rank, strict=True)]
-    return torch.cat(rows_by_rank), torch.cat(shares)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from checkpoints_conversion import stream_hf_weights
 from oprd_megatron.errors import WeightSyncError
 from oprd_megatron.models import Model, run_schedule
-from oprd_megatron.objectives.final_states import FinalStates
+from oprd_megatron.objectives.final_states import FinalStates, head_log_probs
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.batch import Sample, token_blocks
@@ -88,9 +88,11 @@ def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.
     run_schedule(model, platform, blocks, forward_only=True, on_output=finals.on_output)
     scores = torch.zeros(sum(len(sample.response_ids) for sample in samples), device=platform.device)
     if model.grid.is_last_stage:
-        chunks = zip(finals.log_probs(model.architecture.vocab_size), finals.target_ids(), strict=True)
-        found = [vocab_parallel_gather(log_probs, ids, model.grid.groups.tp) for log_probs, ids in chunks]
-        scores = torch.cat(found)
+        group, vocab_size = model.grid.groups.tp, model.architecture.vocab_size
+        chunks = zip(
+            head_log_probs(finals.states(), model.head_weight, vocab_size, group), finals.target_chunks(), strict=True
+        )
+        scores = torch.cat([vocab_parallel_gather(log_probs, ids, group) for log_probs, ids in chunks])
     groups = model.grid.groups
     if groups.pp.size() > 1:
         dist.broadcast(scores, src=dist.get_global_rank(groups.pp, layout.pp - 1), group=groups.pp)

@@ -256,15 +256,6 @@ def test_missing_required_keys_are_named(tmp_path: Path, key: str) -> None:
         ),
         (["optimizer.min_lr=1e-4"], "optimizer: min_lr 0.0001 is above lr 1e-05", ""),
         (["run.micro_batch_size=3"], "rollout.prompts_per_step", "= 16 is not a multiple of run.micro_batch_size 3"),
-        *(
-            ([f"student.parallel.{change}"], "teacher.parallel and student.parallel differ", "needs them equal")
-            for change in ("tp=2", "pp=2", "dp=2")
-        ),
-        (
-            ["student.parallel.tp=2", "teacher.parallel.tp=2", "student.parallel.sp=true"],
-            "teacher.parallel and student.parallel differ",
-            "sp",
-        ),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, overrides: list[str], starts: str, says: str) -> None:

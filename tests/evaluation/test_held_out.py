@@ -87,11 +87,14 @@ def reference(values: dict[str, Any], samples: list[Sample], vocab: int) -> dict
     }
 
 
-def check(values: dict[str, Any], layout: dict[str, Any], vocab: int) -> None:
+def check(values: dict[str, Any], layout: dict[str, Any] | None, vocab: int) -> None:
+    """`layout` for both models; None leaves those that `values` names."""
     samples = answers(vocab)
     expected = reference(values, samples, vocab)
-    world = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
-    for record in run_ranks(world, scored, with_layout(values, **layout), samples):
+    values = values if layout is None else with_layout(values, **layout)
+    parallel = values["student"]["parallel"]
+    world = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    for record in run_ranks(world, scored, values, samples):
         assert (record["kind"], record["step"], record["tokens"]) == ("eval", 3, expected["tokens"])
         assert record["kl"] == pytest.approx(expected["kl"], rel=RELATIVE)
         assert record["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=RELATIVE)
@@ -123,6 +126,24 @@ def test_vocabularies_of_different_size(
     check(values, LAYOUTS[layout], vocab=290)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [
+        ({"tp": 2}, {"pp": 2}),
+        ({"pp": 2}, {"tp": 2, "sp": True}),
+        ({"dp": 2}, {"tp": 2}),
+        ({"tp": 2, "sp": True}, {"dp": 2}),
+        ({"tp": 2, "pp": 2}, {"dp": 2, "tp": 2}),
+    ],
+    ids=str,
+)
+def test_a_teacher_in_another_layout(values: dict[str, Any], teacher: dict[str, Any], student: dict[str, Any]) -> None:
+    """The teacher's final states travel to the student's last stage and meet the teacher's head there."""
+    for name, layers, seed in (("teacher", 5, 1), ("student", 4, 2)):
+        tiny_hf_model("llama", values[name]["path"], num_layers=layers, seed=seed, std=0.1, vocab_size=300, tied=False)
+    check(changed(with_layout(values, **student), teacher={"parallel": teacher}), None, vocab=300)
+
+
 def test_cosine_at_the_runs_own_positions(values: dict[str, Any]) -> None:
     """The cosine follows distill.positions and the layer map; KL and cross-entropy cover every response token."""
     distill = {"positions": "last_k", "k": 2, "layer_map": {1: 5, 3: 2}, "position_anchor": "predictor"}
@@ -138,7 +159,7 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
     held_out = HeldOut(checked, teacher, student, platform)
     engine = build_engine(config, config.student, platform)
     sync_weights(engine, student, version=0)
-    record = held_out.record(0, engine)
+    record = held_out.record(0, engine, samples=True)
     return {"answers": held_out.answers, "record": record}
 
 

@@ -23,7 +23,7 @@ from oprd_megatron.trainer import Trainer, build_models
 from tests.ranks import run_ranks
 from tests.representation.test_gradients import LAYOUTS, VOCAB, build, samples, sharded_gradients
 from tests.tiny_models import tiny_hf_model
-from tests.training.runs import changed, student_tensors, train_on_rank, train_run, with_layout
+from tests.training.runs import changed, student_tensors, train_on_rank, train_records, train_run, with_layout
 from tests.training.test_resume import in_one_part, in_two_parts
 
 WIDTH, FFN = 32, 96
@@ -257,3 +257,23 @@ def test_a_nan_in_the_student_directory_stops_the_run(values: dict[str, Any]) ->
     (error,) = run_ranks(1, diverging_run, {**values, "eval": None})
     assert "not finite" in error and "\n" not in error
     assert not (Path(values["run"]["dir"]) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [({"tp": 2}, {"pp": 2}), ({"pp": 2}, {"dp": 2}), ({"dp": 2}, {"tp": 2, "sp": True})],
+    ids=str,
+)
+def test_a_run_with_a_teacher_in_another_layout(
+    tmp_path: Path, values: dict[str, Any], teacher: dict[str, Any], student: dict[str, Any]
+) -> None:
+    """Three steps with unequal layouts end with the student of one process, and measure the same held-out KL."""
+    whole = train_run(changed(values, run={"dir": str(tmp_path / "whole")}))
+    unequal = changed(
+        with_layout(values, **student), teacher={"parallel": teacher}, run={"dir": str(tmp_path / "unequal")}
+    )
+    train_run(unequal)
+    for name, tensor in student_tensors(whole).items():
+        assert (tensor - student_tensors(tmp_path / "unequal")[name]).abs().max().item() <= 1e-5, name
+    found, expected = ([record["kl"] for record in train_records(run, "eval")] for run in (tmp_path / "unequal", whole))
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,60 @@
+"""Supervised rows of a micro-batch as index tensors on this rank, and how their values are gathered over tensor parallelism.
+
+Legend: N rows of this rank, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from oprd_megatron.parallel import Grid
+from oprd_megatron.representation.placement import TokenPlacement
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The supervised rows of one micro-batch, as this rank needs them.
+
+    Attributes:
+        mine: rows of the local block that this rank's loss covers; [N] int64.
+        by_rank: the rows of every tensor-parallel rank, in rank order.
+        replicated: every rank's block holds the rows of all of them (no sequence parallelism).
+    """
+
+    mine: torch.Tensor
+    by_rank: tuple[torch.Tensor, ...]
+    replicated: bool
+
+
+def block_rows(tokens: TokenPlacement, grid: Grid, device: torch.device) -> dict[int, BlockRows]:
+    """{micro-batch: rows} of this rank's data-parallel share; micro-batches without supervised tokens are left out."""
+    here = tokens.dp == grid.coords.dp
+    blocks = {}
+    for micro_batch in np.unique(tokens.micro_batch[here]):
+        members = np.flatnonzero(here & (tokens.micro_batch == micro_batch))
+        members = members[np.argsort(tokens.row[members], kind="stable")]
+        by_rank = tuple(
+            torch.from_numpy(tokens.local_row[members[tokens.shard[members] == tp]]).to(device)
+            for tp in range(grid.layout.tp)
+        )
+        blocks[int(micro_batch)] = BlockRows(by_rank[grid.coords.tp], by_rank, tokens.replicated)
+    return blocks
+
+
+def gather_rows(mine: torch.Tensor, rows_by_rank: tuple[torch.Tensor, ...], group: dist.ProcessGroup) -> torch.Tensor:
+    """Values of all ranks' rows, in rank order: [sum N, D] from this rank's [N, D].
+
+    One all-gather of blocks padded to the longest share; none in a group of one.
+    """
+    if len(rows_by_rank) == 1:
+        return mine
+    longest = max(len(rows) for rows in rows_by_rank)
+    padded = mine.new_zeros(longest, mine.size(-1))
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in rows_by_rank]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([block[: len(rows)] for block, rows in zip(gathered, rows_by_rank, strict=True)])
