@@ -18,18 +18,19 @@ OTHER_RANKS_WAIT_SECONDS = 5
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Run a command. A `UserError` is printed by rank 0 (all ranks raise it) and ends the process with code 2.
+    """Run a command. A `UserError` is printed as one line and ends the process with code 2.
 
-    Other ranks leave a little later: a launcher ends all ranks when the first is gone, and rank 0 must have spoken by then.
-    No exit handlers run: those of a process group could wait for ranks that are gone.
+    Most errors are the same on all ranks: rank 0 speaks at once, and a launcher ends the others when it is gone. A rank whose
+    error is its own finds itself still there after a while, and then speaks too. No exit handlers run: those of a process
+    group could wait for ranks that are gone.
     """
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_USER_ERROR)
