@@ -128,6 +128,7 @@ class Trainer:
             "layers": {
                 "student": report.student_layers,
                 "teacher": report.teacher_layers,
+                "loss": report.layer_loss,
                 "cosine": report.cosine,
                 "mse": report.mse,
                 "norm_ratio": report.norm_ratio,

@@ -30,8 +30,9 @@ PROBE_PROMPTS, PROBE_TOKENS = 2, 64
 
 
 def make_probe(prompts: Sequence[Prompt]) -> list[Sample]:
-    """Two prompts, cut at 64 tokens; all but the first token are scored."""
+    """Two prompts, cut at 64 tokens; all but the first token are scored, so a prompt of one token is said twice."""
     cut = [prompt.token_ids[:PROBE_TOKENS] for prompt in prompts[:PROBE_PROMPTS]]
+    cut = [ids if len(ids) > 1 else ids * 2 for ids in cut]
     return [Sample(ids[:1], ids[1:]) for ids in cut]
 
 

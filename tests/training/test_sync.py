@@ -135,3 +135,9 @@ def test_a_lost_update_stops_the_run(values: dict[str, Any], layout: dict[str, i
     assert "weight sync of version 2" in errors[0] and "does not hold the student's weights" in errors[0]
     tracker = Path(values["run"]["dir"]) / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "1"
+
+
+def test_a_prompt_of_one_token_makes_a_probe() -> None:
+    """There is always a token to score: raw-text prompts may be that short."""
+    short, long = Prompt(0, "a", (7,)), Prompt(1, "b", tuple(range(100)))
+    assert [sample.ids for sample in make_probe([short, long])] == [(7, 7), tuple(range(64))]
