@@ -12,7 +12,7 @@ Layers of the package, each importing only those above it:
 from checkpoints_conversion.architecture import Architecture, Llama3Rope, Sharding
 from checkpoints_conversion.export import export_hf
 from checkpoints_conversion.families import FAMILIES, mappings_for, read_architecture
-from checkpoints_conversion.live import canonical_parameters, load_hf_weights, stream_hf_weights
+from checkpoints_conversion.live import canonical_parameters, load_hf_weights, stream_hf_tensors, stream_hf_weights
 from checkpoints_conversion.mappings import Mapping
 from checkpoints_conversion.reader import HFReader, check_model
 from checkpoints_conversion.writer import write_hf_directory
@@ -30,6 +30,7 @@ __all__ = [
     "load_hf_weights",
     "mappings_for",
     "read_architecture",
+    "stream_hf_tensors",
     "stream_hf_weights",
     "write_hf_directory",
 ]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from oprd_megatron.errors import LayoutError
 
+VOCAB_MULTIPLE = 128
+"""Each tensor-parallel rank's share of the vocabulary is padded to a multiple of this (Megatron's convention)."""
+
 
 @dataclass(frozen=True)
 class Llama3Rope:

@@ -7,6 +7,7 @@ stage gathers the shards of its tensor-parallel group.
 
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Mapping as TensorMapping
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,24 @@ def stream_hf_weights(
     Raises:
         LayoutError: the sharding does not fit the architecture.
     """
+    yield from stream_hf_tensors(canonical_parameters(model_chunks), arch, sharding, tp_group, pp_group)
+
+
+@torch.no_grad()
+def stream_hf_tensors(
+    parameters: TensorMapping[str, Tensor],
+    arch: Architecture,
+    sharding: Sharding,
+    tp_group: dist.ProcessGroup | None,
+    pp_group: dist.ProcessGroup | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """`stream_hf_weights` of any tensors shaped like this rank's parameters, such as their gradients.
+
+    Args:
+        parameters: by canonical name, all that `canonical_parameters` gives on this rank.
+        arch, sharding, tp_group, pp_group: as for `stream_hf_weights`.
+    """
     sharding.check(arch)
-    parameters = canonical_parameters(model_chunks)
     table = [mapping for mapping in mappings_for(arch).values() if mapping.exported]
     device = next(iter(parameters.values())).device
     for mapping, (owner, dtype) in zip(table, _agree_on_owners(table, parameters, device, pp_group), strict=True):
@@ -134,7 +151,7 @@ def _check_shape(parameter: Tensor, mapping: Mapping, sharding: Sharding) -> Non
 
 def _agree_on_owners(
     table: Sequence[Mapping],
-    parameters: dict[str, nn.Parameter],
+    parameters: TensorMapping[str, Tensor],
     device: torch.device,
     pp_group: dist.ProcessGroup | None,
 ) -> list[tuple[int, torch.dtype]]:

@@ -5,8 +5,11 @@
         latest_checkpointed_iteration.txt      replaced last
 
 A crash at any moment leaves the previous checkpoint whole and named by the tracker file. Weights and optimizer state are
-resharded on load by mcore, so a run may resume with another tp, pp or dp; attention heads and vocabulary that were padded
-for one tp are cut or padded for the other (padding is zero and stays zero).
+resharded on load by mcore, so a run may resume with another tp, cp, pp, vpp or dp and on other ranks; attention heads and
+vocabulary that were padded for one tp are cut or padded for the other (padding is zero and stays zero).
+
+mcore saves and loads on all ranks of the world together, and has global rank 0 write what is not a sharded tensor. A rank
+without a student brings no tensors, and takes the rest from the student's first rank.
 
 A checkpoint holds the student, its optimizer and schedule, the step (which is also the data cursor, because the prompts of a
 step are a function of seed and step), the weight version, the random states and the resolved config. Nothing in a step
@@ -31,6 +34,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -96,9 +100,9 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def save_checkpoint(
-    config: RunConfig, student: Model, optimizer: StudentOptimizer, progress: Progress, platform: Platform
+    config: RunConfig, student: Model, optimizer: StudentOptimizer | None, progress: Progress, platform: Platform
 ) -> Path:
-    """Write one checkpoint of a run. Collective.
+    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student.
 
     Raises:
         CheckpointError, UserError: the disk is full or read-only; the previous checkpoint is untouched.
@@ -111,7 +115,8 @@ def save_checkpoint(
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
     with platform.scope(), as_parallel_state(student.grid):
-        state = _sharded_state(student, optimizer, platform, is_loading=False)
+        state = _student_state(student, optimizer, is_loading=False)
+        _share_common(state, student)
         state.update(
             iteration=progress.step,
             checkpoint_version=3.0,
@@ -134,31 +139,32 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer, platform: Platform) -> Progress:
-    """Read a checkpoint into the student and its optimizer, whatever layout wrote it. Collective.
+def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer | None, platform: Platform) -> Progress:
+    """Read a checkpoint into the student and its optimizer, whatever layout wrote it. Collective over the world;
+    `optimizer` is None on ranks without a student.
 
     Raises:
         CheckpointError: torn or foreign; names the directory.
     """
     with platform.scope(), as_parallel_state(student.grid):
-        loaded = _read(path, _sharded_state(student, optimizer, platform, is_loading=True))
-        student.chunks[0].load_state_dict(loaded["model"])
-        optimizer.optimizer.load_state_dict(loaded["optimizer"])
-        _separate_steps(optimizer)
-        optimizer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        loaded = _read(path, _student_state(student, optimizer, is_loading=True))
+        _load_chunks(student, loaded)
+        if optimizer is not None:
+            optimizer.optimizer.load_state_dict(loaded["optimizer"])
+            _separate_steps(optimizer)
+            optimizer.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         _restore_random_state(loaded["rng_state"])
     return Progress(step=int(loaded["iteration"]), weight_version=int(loaded["oprd"]["weight_version"]))
 
 
 def load_weights(path: Path, student: Model, platform: Platform) -> None:
-    """Read only the student's weights from a checkpoint, whatever layout wrote it. Collective.
+    """Read only the student's weights from a checkpoint, whatever layout wrote it. Collective over the world.
 
     Raises:
         CheckpointError: torn or foreign; names the directory.
     """
     with platform.scope(), as_parallel_state(student.grid):
-        loaded = _read(path, {"model": _sharded_model(student)})
-        student.chunks[0].load_state_dict(loaded["model"])
+        _load_chunks(student, _read(path, _sharded_chunks(student)))
 
 
 def _read(path: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -181,25 +187,47 @@ def _metadata(student: Model) -> dict[str, Any]:
     }
 
 
-def _sharded_model(student: Model) -> dict[str, Any]:
-    """mcore's sharded tensors of the weights; those whose heads are padded may be loaded with another padding."""
-    (chunk,) = student.chunks
-    state = chunk.sharded_state_dict(metadata=_metadata(student))
-    for name, value in state.items():
-        if re.search(r"self_attention\.linear_(qkv|proj)\.", name) and isinstance(value, ShardedTensor):
-            value.allow_shape_mismatch = True
+def _sharded_chunks(student: Model) -> dict[str, Any]:
+    """mcore's sharded tensors of this rank's chunks (model0, model1 ..; none without a student); those whose heads are
+    padded may be loaded with another padding. A tensor's key in the file says its layer, not its chunk."""
+    state = {}
+    for number, chunk in enumerate(student.chunks):
+        tensors = chunk.sharded_state_dict(metadata=_metadata(student))
+        for name, value in tensors.items():
+            if re.search(r"self_attention\.linear_(qkv|proj)\.", name) and isinstance(value, ShardedTensor):
+                value.allow_shape_mismatch = True
+        state[f"model{number}"] = tensors
     return state
 
 
-def _sharded_state(student: Model, optimizer: StudentOptimizer, platform: Platform, is_loading: bool) -> dict[str, Any]:
-    model = _sharded_model(student)
+def _load_chunks(student: Model, loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(student.chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
+
+
+def _student_state(student: Model, optimizer: StudentOptimizer | None, is_loading: bool) -> dict[str, Any]:
+    """What a checkpoint holds of the student: sharded tensors, and what all its ranks have alike. Empty without a student."""
+    if optimizer is None:
+        return {}
+    chunks, metadata = _sharded_chunks(student), _metadata(student)
     if is_loading:
         _give_adam_a_step(optimizer)
     return {
-        "model": model,
-        "optimizer": optimizer.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata(student)),
+        **chunks,
+        "optimizer": optimizer.optimizer.sharded_state_dict(chunks, is_loading=is_loading, metadata=metadata),
         "opt_param_scheduler": optimizer.scheduler.state_dict(),
     }
+
+
+def _share_common(state: dict[str, Any], student: Model) -> None:
+    """Add to the empty state of a rank without a student what all the student's ranks have alike: all but the tensors.
+    Collective: one broadcast from the student's first rank."""
+    _, persistent = extract_nonpersistent(state)
+    _, common = extract_sharded_base(persistent)
+    shared = [common]
+    dist.broadcast_object_list(shared, src=student.grid.layout.first_rank)
+    if not student.grid.is_member:
+        state.update(shared[0])
 
 
 def _torch_adams(optimizer: StudentOptimizer) -> list[DistributedOptimizer]:

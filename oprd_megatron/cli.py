@@ -35,7 +35,7 @@ Overrides = Annotated[
 ]
 Ranks = Annotated[
     int | None,
-    typer.Option("--nproc", min=1, help="Ranks on this machine; left out, tp x pp x dp of the student's layout."),
+    typer.Option("--nproc", min=1, help="Ranks on this machine; left out, as many as the layouts name."),
 ]
 
 
@@ -93,6 +93,41 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to plan for; left out, as many as the layouts name.")
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Consecutive ranks on one machine.")] = 8,
+    bridge_rank: Annotated[
+        int | None, typer.Option(min=1, help="Plan as with a bridge of this rank, before there is a distill.bridge.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw who sends how much to whom; written anew.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures as json; written anew.")] = None,
+) -> None:
+    """Show what a run would look like: both grids, layer map, traffic, memory. Needs each model's config.json only, no GPU.
+
+    Example: `oprd plan examples/quickstart.yaml --world-size 16 student.parallel.tp=2 --png traffic.png`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.launch import default_num_ranks
+    from oprd_megatron.planning import plan_run, plan_text
+
+    for out in (png, json_out):
+        _refuse_missing_directory(out)
+    run = load_config(config, overrides or [])
+    planned = plan_run(run, world_size or default_num_ranks(run), gpus_per_node, bridge_rank)
+    typer.echo(plan_text(planned))
+    if json_out is not None:
+        json_out.write_text(json.dumps(planned.as_json()))
+    if png is not None:
+        from oprd_megatron.planning.heat_map import draw_heat_map
+
+        draw_heat_map(planned, png)
+
+
+@app.command()
 def rollout(
     config: Config,
     out: Annotated[Path, typer.Option(help="jsonl file to write, one response a line.")],
@@ -139,6 +174,22 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory; the run 
     typer.echo(write_report(run_dir))
 
 
+@app.command()
+def doctor(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> None:
+    """Check a run on this machine before it starts, on a few tokens with its own models and layouts: one line a check.
+
+    Versions on all ranks; bytes sent against the plan; loss and gradient of the student's layout against a smaller one; a
+    student that is its own teacher gives 0. On several machines: `torchrun .. -m oprd_megatron.doctor CONFIG`.
+
+    Example: `oprd doctor examples/quickstart.yaml`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.launch import default_num_ranks, launch
+
+    run = load_config(config, overrides or [])
+    raise typer.Exit(launch("oprd_megatron.doctor", [str(config), *(overrides or [])], nproc or default_num_ranks(run)))
+
+
 @app.command("config")
 def show_config() -> None:
     """List every key of a run's YAML with its type, default and meaning."""
@@ -170,6 +221,12 @@ def _refuse_existing(out: Path | None) -> None:
 
     if out is not None and out.exists():
         raise UserError(f"{out}: exists already; nothing is overwritten, give another --out")
+    _refuse_missing_directory(out)
+
+
+def _refuse_missing_directory(out: Path | None) -> None:
+    from oprd_megatron.errors import UserError
+
     if out is not None and not out.parent.is_dir():
         raise UserError(f"{out}: its directory does not exist; make it first")
 

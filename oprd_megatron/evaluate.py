@@ -30,6 +30,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     from oprd_megatron.checkpoint import load_weights
     from oprd_megatron.evaluation.held_out import HeldOut
     from oprd_megatron.logging import write_atomically
+    from oprd_megatron.parallel.heartbeat import heartbeat
     from oprd_megatron.platform import init_distributed, select_platform
     from oprd_megatron.preflight import preflight
     from oprd_megatron.rollout.build import build_engine
@@ -41,16 +42,17 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     platform = select_platform(config.run.device)
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
     init_distributed(platform)
-    teacher, student = build_models(checked, platform)
-    if checkpoint is not None:
-        load_weights(checkpoint, student, platform)
-    held_out = HeldOut(checked, teacher, student, platform)
-    engine = build_engine(config, config.student, platform)
-    sync_weights(engine, student, version=0)
-    record = held_out.record(0, engine, samples=True)
-    if dist.get_rank() == 0:
-        write_atomically(out, json.dumps(record, indent=1))
-    dist.destroy_process_group()
+    with heartbeat():
+        teacher, student = build_models(checked, platform)
+        if checkpoint is not None:
+            load_weights(checkpoint, student, platform)
+        held_out = HeldOut(checked, teacher, student, platform)
+        engine = build_engine(config, config.student, student.grid.layout, platform)
+        sync_weights(engine, student, version=0)
+        record = held_out.record(0, engine, samples=True)
+        if dist.get_rank() == 0:
+            write_atomically(out, json.dumps(record, indent=1))
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from oprd_megatron.config import load_config
 from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.models import DTYPES, build_model
-from oprd_megatron.parallel import build_grid, resolve_layout
-from oprd_megatron.parallel.grid import init_mcore_globals
+from oprd_megatron.parallel import resolve_layout
+from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import init_distributed, select_platform
 from oprd_megatron.preflight import CONFIG_FILE
 from oprd_megatron.trainer import export_student

@@ -24,8 +24,9 @@ from oprd_megatron.logging import (
 )
 from oprd_megatron.logging.memory import world_peak_memory_bytes
 from oprd_megatron.parallel.agreement import together
-from oprd_megatron.platform import init_distributed, select_platform
-from oprd_megatron.preflight import CONFIG_FILE, preflight
+from oprd_megatron.parallel.heartbeat import heartbeat
+from oprd_megatron.platform import Platform, init_distributed, select_platform
+from oprd_megatron.preflight import CONFIG_FILE, Checked, preflight
 from oprd_megatron.trainer import Trainer, build_models, export_student
 
 
@@ -35,6 +36,13 @@ def train(config: RunConfig) -> None:
     platform = select_platform(config.run.device)
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     init_distributed(platform)
+    with heartbeat():
+        run(checked, platform, started)
+
+
+def run(checked: Checked, platform: Platform, started: float) -> None:
+    """All of a run that its ranks do together; `started` is a reading of `time.perf_counter`."""
+    config = checked.config
     if is_finished(config):
         show_result(config)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from checkpoints_conversion import canonical_parameters
+from checkpoints_conversion import canonical_parameters, stream_hf_tensors
 from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
+from oprd_megatron.parallel.grid import as_world
 from oprd_megatron.platform import Platform
 
 
@@ -64,7 +66,7 @@ class StudentOptimizer:
 
 
 def build_optimizer(student: Model, config: OptimizerConfig, steps: int, platform: Platform) -> StudentOptimizer:
-    """Wrap the student for training.
+    """Wrap the student for training. Only on ranks of the student's grid.
 
     The representation loss carries its own global denominator, so gradients are SUMMED over data-parallel ranks
     (`calculate_per_token_loss` in the model's config) and mcore's division by a token count is left out. An untied LM head
@@ -103,9 +105,15 @@ def build_optimizer(student: Model, config: OptimizerConfig, steps: int, platfor
     groups = student.grid.groups
     with platform.scope():
         chunks = [
-            DistributedDataParallel(student.config, ddp_config, chunk, pg_collection=groups) for chunk in student.chunks
+            DistributedDataParallel(
+                student.config, ddp_config, chunk, disable_bucketing=number > 0, pg_collection=groups
+            )
+            for number, chunk in enumerate(student.chunks)
         ]
-        optimizer = get_megatron_optimizer(mcore_config, chunks, use_gloo_process_groups=False, pg_collection=groups)
+        with as_world(student.grid):
+            optimizer = get_megatron_optimizer(
+                mcore_config, chunks, use_gloo_process_groups=False, pg_collection=groups
+            )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -122,6 +130,17 @@ def build_optimizer(student: Model, config: OptimizerConfig, steps: int, platfor
         override_opt_param_scheduler=True,
     )
     return StudentOptimizer(chunks, optimizer, scheduler, config.clip_grad, platform)
+
+
+def stream_gradients(student: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole gradients under Hugging Face names, in fp32, on every rank; zeros for what is frozen. Collective over the grid, as
+    `stream_hf_weights`. Only with the replicated optimizer: the distributed one has each rank's share alone."""
+    gradients = {
+        name: parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        for name, parameter in canonical_parameters(student.chunks).items()
+    }
+    groups = student.grid.groups
+    yield from stream_hf_tensors(gradients, student.architecture, student.sharding, groups.tp, groups.pp)
 
 
 def _finalize_without_rescaling(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:  # type: ignore[no-untyped-def]

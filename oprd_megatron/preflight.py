@@ -20,8 +20,8 @@ from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
-from oprd_megatron.models import tp_divisible
-from oprd_megatron.parallel import GridLayout, resolve_layout
+from oprd_megatron.parallel.layout import GridLayout
+from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.rollout.prompts import Prompt, load_prompts, refuse_overlap
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
@@ -82,24 +82,14 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
         _check_disk(config, student)
-    layouts = {
-        name: resolve_layout(
-            section.parallel,
-            name=f"{name}.parallel",
-            world_size=world_size,
-            num_layers=architectures[name].num_layers,
-            divisible=tp_divisible(architectures[name], section.pad_heads),
-        )
-        for name, section in _models(config).items()
-    }
-    if teacher.hidden_size != student.hidden_size:
+    if teacher.hidden_size != student.hidden_size and config.distill.bridge is None:
         raise ConfigError(
             f"teacher and student differ in width ({teacher.hidden_size} and {student.hidden_size}); aligning them needs "
-            "a bridge, which this version does not have: use a student of the teacher's width"
+            "a bridge: set distill.bridge, or use a student of the teacher's width"
         )
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
-    for layout in layouts.values():
-        _check_batch(config, layout)
+    teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
+    check_budget(planner(config, pairs, teacher, teacher_layout, student_layout), config)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
     check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
@@ -114,8 +104,8 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         config,
         teacher,
         student,
-        layouts["teacher"],
-        layouts["student"],
+        teacher_layout,
+        student_layout,
         pairs,
         tokenizer,
         prompts,
@@ -184,16 +174,6 @@ def _lookup(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
     return values
-
-
-def _check_batch(config: RunConfig, layout: GridLayout) -> None:
-    rollouts = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
-    unit = config.run.micro_batch_size * layout.dp
-    if rollouts % unit:
-        raise ConfigError(
-            f"rollout.prompts_per_step x responses_per_prompt = {rollouts} is not a multiple of run.micro_batch_size "
-            f"{config.run.micro_batch_size} x dp {layout.dp} = {unit}"
-        )
 
 
 def _check_context(

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion import Architecture, export_hf
-from oprd_megatron.config.schema import ModelConfig
+from oprd_megatron.config.schema import ModelConfig, StudentConfig
 from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.models import DTYPES, Model, build_model
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
-from oprd_megatron.parallel import GridLayout, build_grid
+from oprd_megatron.parallel import GridLayout
 from oprd_megatron.parallel.agreement import together
-from oprd_megatron.parallel.grid import init_mcore_globals
+from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment, AlignmentReport
@@ -42,10 +42,17 @@ def build_models(checked: Checked, platform: Platform) -> tuple[Model, Model]:
     def build(section: ModelConfig, architecture: Architecture, layout: GridLayout, frozen: bool) -> Model:
         with platform.scope():
             grid = build_grid(layout)
-            init_mcore_globals(config.run.seed, grid.coords.tp)
+            init_mcore_globals(config.run.seed, grid.coords.tp if grid.is_member else 0)
         dtype = DTYPES[section.dtype]
         return build_model(
-            architecture, grid, platform, dtype=dtype, hf_dir=section.path, frozen=frozen, vocab_size=vocab_size
+            architecture,
+            grid,
+            platform,
+            dtype=dtype,
+            hf_dir=section.path,
+            frozen=frozen,
+            vocab_size=vocab_size,
+            recompute=section.recompute if isinstance(section, StudentConfig) else None,
         )
 
     teacher = build(config.teacher, checked.teacher, checked.teacher_layout, frozen=True)
@@ -79,10 +86,14 @@ class Trainer:
     def __init__(self, checked: Checked, teacher: Model, student: Model, platform: Platform) -> None:
         config = checked.config
         self.config, self.platform, self.student = config, platform, student
-        self.alignment = Alignment(teacher, student, config.distill, platform, config.run.micro_batch_size)
-        self.optimizer: StudentOptimizer = build_optimizer(student, config.optimizer, config.run.steps, platform)
+        self.alignment = Alignment(
+            teacher, student, config.distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens
+        )
+        self.optimizer: StudentOptimizer | None = None  # stays None on ranks of the teacher alone
+        if student.grid.is_member:
+            self.optimizer = build_optimizer(student, config.optimizer, config.run.steps, platform)
         self.source = PromptSource(checked.prompts, config.run.seed)
-        self.engine = build_engine(config, config.student, platform)
+        self.engine = build_engine(config, config.student, student.grid.layout, platform)
         self.probe = make_probe(checked.prompts)
         self.vocab_size = checked.shared_vocab_size
         self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
@@ -99,17 +110,15 @@ class Trainer:
         with phase("rollout"):
             rollouts = self.rollouts(step)
         plan = self.alignment.plan([Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts])
-        with phase("teacher"):
-            states = self.alignment.teacher_states(plan)
-        with phase("exchange"):
-            targets, _ = self.alignment.exchange(plan, states)
-        with phase("student"):
+        if self.optimizer is not None:
             self.optimizer.zero_grad()
-            sums = self.alignment.student_pass(plan, targets, chunks=self.optimizer.chunks, train=True)
-            report = self.alignment.reduce(sums)
+        sums = self.alignment.run(
+            plan, train=True, chunks=self.optimizer.chunks if self.optimizer else None, phase=phase
+        )
+        report = self.alignment.reduce(sums)
         _stop_on_bad_loss(step + 1, report, sums)
         with phase("optimizer"):
-            grad_norm = self.optimizer.step()
+            grad_norm, lr = self.update()
         _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
         return {
@@ -117,12 +126,14 @@ class Trainer:
             "step": step + 1,
             "loss": report.loss,
             "cosine": report.mean_cosine,
-            "lr": self.optimizer.lr,
+            "lr": lr,
             "grad_norm": grad_norm,
             "supervised_tokens": plan.num_tokens,
             **_throughput(rollouts, time.perf_counter() - start),
             "seconds": phase.seconds,
-            "exchanged_bytes": self.alignment.exchanged_bytes(plan),
+            "exchanged_bytes": self.alignment.planned_bytes(plan),
+            "chunks": len(plan.chunks),
+            **({} if report.wire_error is None else {"wire_error": report.wire_error}),
             "probe_difference": difference,
             "weight_version": self.weight_version,
             "layers": {
@@ -134,6 +145,16 @@ class Trainer:
                 "norm_ratio": report.norm_ratio,
             },
         }
+
+    def update(self) -> tuple[float, float]:
+        """The optimizer's step. Returns (gradient norm before clipping, learning rate), on every rank. Collective."""
+        values = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
+        if self.optimizer is not None:
+            norm = self.optimizer.step()
+            values = values.new_tensor([norm, self.optimizer.lr])
+        dist.broadcast(values, src=self.student.grid.layout.first_rank)
+        grad_norm, lr = values.tolist()
+        return grad_norm, lr
 
     def rollouts(self, step: int) -> list[Rollout]:
         """The student's responses for one step, on every rank, in order. Collective."""
@@ -174,7 +195,7 @@ def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool)
     """Write the student as a Hugging Face directory beside the tokenizer files of `source`. Collective."""
     grid = student.grid
     with together(f"exporting to {out_dir}"):
-        if grid.coords.dp == 0:
+        if grid.is_member and grid.coords.dp == grid.coords.cp == 0:
             export_hf(
                 student.chunks,
                 student.architecture,
@@ -208,10 +229,10 @@ def _stop_on_bad_loss(step: int, report: AlignmentReport, sums: dict[int, torch.
     _stop(step, "loss", f"student layer {bad[0]}" if bad else None)
 
 
-def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer) -> None:
+def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer | None) -> None:
     """After the update, which is not saved: name the rank, layer and parameter of a gradient that is not finite."""
     if not math.isfinite(grad_norm):
-        _stop(step, "gradient", optimizer.first_bad_gradient())
+        _stop(step, "gradient", optimizer.first_bad_gradient() if optimizer else None)
 
 
 def _stop(step: int, what: str, here: str | None) -> None:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny_models import tiny_hf_model
+from tests.training.runs import tiny_run
 from tools.make_demo_teacher import make_demo_teacher
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-seed", type=int, help="seed of the random part of the parity matrix")
 
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
     """A tiny run (five-layer teacher, four-layer student, few prompts; seconds) as nested dicts, for a test to change."""
-    for name, layers, seed in (("teacher", 5, 1), ("student", 4, 2)):
-        tiny_hf_model("llama", tmp_path / name, num_layers=layers, seed=seed, std=0.1)
-    for name, first in (("train", 0), ("held_out", 50)):
-        lines = [json.dumps({"prompt": f"say {number}"}) for number in range(first, first + 12)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return {
-        "run": {"dir": str(tmp_path / "run"), "steps": 3, "micro_batch_size": 2, "device": "cpu", "seed": 5},
-        "teacher": {"path": str(tmp_path / "teacher"), "dtype": "fp32"},
-        "student": {"path": str(tmp_path / "student"), "dtype": "fp32"},
-        "rollout": {
-            "prompts": {"path": str(tmp_path / "train.jsonl")},
-            "prompts_per_step": 4,
-            "responses_per_prompt": 2,
-            "max_response_tokens": 8,
-        },
-        # Adam divides by sqrt(v) + eps: with the usual 1e-8, gradients that are nothing but rounding would move weights.
-        "optimizer": {"lr": 1e-3, "warmup_fraction": 0.2, "eps": 1e-6},
-        "eval": {"prompts": {"path": str(tmp_path / "held_out.jsonl")}, "max_response_tokens": 8, "every": 2},
-        "logging": {"progress": False, "tensorboard": False},
-    }
+    return tiny_run(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ PRELOAD = [
 ]  # fmt: skip
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo world and return the results in rank order.
 
     `function` is importable (defined at the top of a module); results go through `torch.save`. A rank that fails fails the
@@ -41,18 +43,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         ]
         for process in ranks:
             process.start()
-        failed = _join(ranks)
-        for rank in failed:
-            error = Path(folder, f"{rank}.error")
-            if error.exists():
-                raise AssertionError(f"rank {rank} of {world_size} failed:\n{error.read_text()}")
+        failed = _join(ranks, timeout_seconds)
+        errors = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)  # the cause comes first
+        if errors:
+            raise AssertionError(f"rank {errors[0].stem} of {world_size} failed:\n{errors[0].read_text()}")
         assert not failed, f"ranks {failed} of {world_size} died or hung without a traceback"
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 
-def _join(ranks: list[Any]) -> list[int]:
+def _join(ranks: list[Any], timeout_seconds: float) -> list[int]:
     """Wait for all ranks, end them all once one has failed, and return those that did not exit cleanly, first to fail first."""
-    deadline = datetime.datetime.now() + datetime.timedelta(seconds=TIMEOUT_SECONDS)
+    deadline = datetime.datetime.now() + datetime.timedelta(seconds=timeout_seconds)
     while any(process.is_alive() for process in ranks) and datetime.datetime.now() < deadline:
         if any(process.exitcode not in (None, 0) for process in ranks):
             break

@@ -21,7 +21,7 @@ from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.logging import read_records
 from tests.training.runs import changed, with_layout
 
-COMMANDS = ["train", "eval", "rollout", "export", "report", "config"]
+COMMANDS = ["train", "eval", "plan", "rollout", "export", "report", "config"]
 
 
 def oprd(*arguments: str | Path, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:

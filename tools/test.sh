@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 selection=()
 if [[ "${1:-}" == --fast ]]; then
-    selection=(-m "not slow")
+    selection=(-m "not slow and not matrix")
     shift
 fi
 # shellcheck source=tools/setup_env.sh

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
 from oprd_megatron.config.schema import RunConfig
@@ -46,7 +46,7 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(members[0])}"
     if origin is dict:
         return f"{{{_type(members[0])}: {_type(members[1])}}}"
-    return "path" if annotation is Path else annotation.__name__
+    return {Path: "path", ByteSize: "bytes"}.get(annotation, annotation.__name__)
 
 
 def _shown(value: Any) -> str:

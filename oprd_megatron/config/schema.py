@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -26,26 +26,74 @@ class Strict(BaseModel):
 
 
 class ParallelConfig(Strict):
-    """How one model is spread over its ranks: tp x pp x dp must equal the number of ranks."""
+    """How one model is spread over its ranks: tp x cp x pp x dp must equal their number. Ranks run along tp first, then cp,
+    dp, pp."""
 
     tp: PositiveInt = 1
     """Tensor-parallel size: every layer's matrices are split over this many ranks."""
+    cp: PositiveInt = 1
+    """Context-parallel size: every sequence is split over this many ranks."""
     pp: PositiveInt = 1
     """Pipeline-parallel size: the layers are split into this many stages."""
+    vpp: PositiveInt = 1
+    """Virtual pipeline stages on each rank (mcore's interleaved schedule). Needs pp > 1."""
     dp: PositiveInt | None = None
     """Data-parallel size; left out, it is what remains of the ranks."""
     sp: bool = False
     """Sequence parallelism: activations between the tensor-parallel regions are split along tokens. Needs tp > 1."""
-    layers_per_stage: list[PositiveInt] | None = None
-    """Layers on each pipeline stage, first to last; left out, they are spread as evenly as they go."""
+    ranks: Annotated[str, Field(pattern=r"^\d+-\d+$")] | None = None
+    """Ranks that the model lives on, first-last (0-7); left out, all. Both models on the same ranks, or on disjoint ones."""
+    layers_per_stage: list[PositiveInt] | Literal["follow_student"] | None = None
+    """Layers on each stage in the model's order (pp x vpp numbers); left out, as even as they go. follow_student (teacher
+    only): each layer where the student layers that it teaches are, so that the least travels."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers on the first stage only; the others share the rest. For stages that also hold the embedding."""
+    last_stage_layers: PositiveInt | None = None
+    """The same for the last stage, which also holds the head."""
+
+    @property
+    def first_rank(self) -> int:
+        """Global rank of the first rank."""
+        return int(self.ranks.split("-")[0]) if self.ranks else 0
+
+    @property
+    def num_ranks(self) -> int | None:
+        """How many ranks `ranks` names, None without it."""
+        if self.ranks is None:
+            return None
+        first, last = map(int, self.ranks.split("-"))
+        return last - first + 1
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
         if self.sp and self.tp == 1:
             raise ValueError("sp: true needs tp > 1 (sequence parallelism splits over the tensor-parallel ranks)")
-        if self.layers_per_stage is not None and len(self.layers_per_stage) != self.pp:
-            raise ValueError(f"layers_per_stage names {len(self.layers_per_stage)} stages, but pp is {self.pp}")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp: {self.vpp} needs pp > 1 (virtual stages interleave pipeline stages); use vpp: 1")
+        if self.num_ranks is not None and self.num_ranks < 1:
+            raise ValueError(f"ranks: {self.ranks} ends before it starts; write first-last, for example 0-7")
+        stages = self.pp * self.vpp
+        if isinstance(self.layers_per_stage, list) and len(self.layers_per_stage) != stages:
+            raise ValueError(
+                f"layers_per_stage names {len(self.layers_per_stage)} stages, but pp {self.pp} x vpp {self.vpp} = {stages}"
+            )
+        ends = self.first_stage_layers or self.last_stage_layers
+        if ends and self.layers_per_stage is not None:
+            raise ValueError("layers_per_stage and first_stage_layers/last_stage_layers say the same; give one of them")
+        if ends and stages == 1:
+            raise ValueError("first_stage_layers and last_stage_layers need pp > 1")
         return self
+
+
+class RecomputeConfig(Strict):
+    """Activation recomputation: less memory for activations, more time in backward (mcore's terms)."""
+
+    granularity: Literal["none", "full", "selective"] = "none"
+    """none; full: whole layers are computed again in backward; selective: only the core attention."""
+    method: Literal["uniform", "block"] = "uniform"
+    """full only. uniform: all layers, in groups of num_layers; block: the first num_layers of each stage, the rest kept."""
+    num_layers: PositiveInt = 1
+    """full only: size of a group (uniform) or number of layers recomputed on each stage (block)."""
 
 
 class ModelConfig(Strict):
@@ -56,9 +104,24 @@ class ModelConfig(Strict):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter dtype. A bf16 student trains with fp32 master weights."""
     parallel: ParallelConfig = ParallelConfig()
-    """Parallel layout; teacher and student share all ranks, but each may divide them in its own way."""
+    """Parallel layout; teacher and student each have their own, on the same ranks or on disjoint ones."""
     pad_heads: bool = False
     """Let tp split a head count it does not divide by adding attention heads that are zero and stay zero."""
+
+
+class StudentConfig(ModelConfig):
+    """The student: a model that is trained."""
+
+    recompute: RecomputeConfig = RecomputeConfig()
+    """Activation recomputation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StudentConfig:
+        if self.parallel.layers_per_stage == "follow_student":
+            raise ValueError(
+                "parallel.layers_per_stage: follow_student is for the teacher; the student cannot follow itself"
+            )
+        return self
 
 
 class PromptsConfig(Strict):
@@ -125,6 +188,17 @@ class DistillConfig(Strict):
     """none: raw mean squared error. l2: both vectors scaled to unit length first; needs a coefficient of 100-1000."""
     coefficient: Annotated[float, Field(gt=0.0)] = 1.0
     """Factor on the loss."""
+    bridge: Path | None = None
+    """Bridge (safetensors): fixed projections of both models' states into a common low-rank space, for models of different
+    widths and for less traffic. The teacher's states are projected before they travel."""
+    wire: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """Number format in which teacher states are kept and sent. auto: the teacher's dtype. fp8: e4m3 with one fp32 scale per
+    state; its rounding error is in the metrics."""
+    spool_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
+    """Teacher states that a rank may hold at a time (512MiB, 2GiB, ..): a step is done in as many chunks as that takes, and
+    a teacher on ranks of its own runs ahead of the student only so far. Left out, a whole step's."""
+    spool: Literal["device", "host"] = "device"
+    """Where the states wait: device memory, or pinned host memory (slower; they then travel over gloo)."""
 
 
 class OptimizerConfig(Strict):
@@ -205,7 +279,10 @@ class RunSection(Strict):
     stop_at: PositiveInt | None = None
     """Stop with a checkpoint after this step; the learning-rate schedule still spans `steps`. For jobs in parts."""
     micro_batch_size: PositiveInt = 1
-    """Rollouts in one forward and backward pass."""
+    """Rollouts in one forward and backward pass; they are packed without padding."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Dynamic batching instead of micro_batch_size: rollouts are packed into micro-batches of at most this many tokens (a
+    longer one goes alone), balanced over data-parallel ranks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where a GPU answers, else cpu with gloo."""
     export: bool = True
@@ -219,7 +296,7 @@ class RunConfig(Strict):
     """Directory, seed, steps."""
     teacher: ModelConfig
     """The frozen model."""
-    student: ModelConfig
+    student: StudentConfig
     """The model that is trained."""
     rollout: RolloutConfig
     """How the student's text is made."""
@@ -237,7 +314,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         rollouts = self.rollout.prompts_per_step * self.rollout.responses_per_prompt
-        if rollouts % self.run.micro_batch_size:
+        if self.run.micro_batch_tokens is None and rollouts % self.run.micro_batch_size:
             raise ValueError(
                 f"rollout.prompts_per_step x responses_per_prompt = {rollouts} is not a multiple of "
                 f"run.micro_batch_size {self.run.micro_batch_size}"

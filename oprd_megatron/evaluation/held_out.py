@@ -48,7 +48,7 @@ class HeldOut:
         assert checked.config.eval is not None
         self.config, self.prompts, self.tokenizer = checked.config.eval, checked.held_out, checked.tokenizer
         self.alignment = Alignment(teacher, student, checked.config.distill, platform, self.config.micro_batch_size)
-        engine = build_engine(checked.config, checked.config.teacher, platform)
+        engine = build_engine(checked.config, checked.config.teacher, teacher.grid.layout, platform)
         sync_weights(engine, teacher, version=0)
         self.sampling = SamplingParams(
             temperature=self.config.temperature,
@@ -135,8 +135,8 @@ def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[
     """Answers in portions that fill the pipelines once; the last is filled up with samples without a response, which are
     not scored."""
     layouts = alignment.teacher.grid.layout, alignment.student.grid.layout
-    unit = alignment.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
-    size = unit * max(layout.pp for layout in layouts)
+    unit = alignment.planner.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
+    size = unit * max(layout.pp * layout.vpp for layout in layouts)
     for first in range(0, len(answers), size):
         portion = list(answers[first : first + size])
         filler = Sample(portion[0].prompt_ids, ())
@@ -147,19 +147,36 @@ def _score(
     alignment: Alignment, samples: list[Sample], head: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """This rank's [KL, cross-entropy, tokens] sums (on one rank of each tensor-parallel group) and layer sums."""
-    plan, grid = alignment.plan(samples), alignment.student.grid
-    teacher = TeacherFinals(alignment.teacher, alignment.student, plan, alignment.platform.device)
-    student = FinalStates(alignment.student, samples, plan.student.arrangement)
-    targets, _ = alignment.exchange(plan, alignment.teacher_states(plan, on_output=teacher.on_output))
-    teacher_states = teacher.states()
-    layer_sums = alignment.student_pass(plan, targets, train=False, on_output=student.on_output)
+    plan, grid, device = alignment.plan(samples), alignment.student.grid, alignment.platform.device
+    teachers = [TeacherFinals(alignment.teacher, alignment.student, chunk, device) for chunk in plan.chunks]
+    students = [
+        FinalStates(alignment.student, chunk.samples, chunk.student.arrangement, finals.route.order)
+        for chunk, finals in zip(plan.chunks, teachers, strict=True)
+        if grid.is_member
+    ]
+    layer_sums = alignment.run(
+        plan,
+        train=False,
+        on_teacher_output=[finals.on_output for finals in teachers],
+        on_student_output=[finals.on_output for finals in students],
+    )
     totals = torch.zeros(3, dtype=torch.float64)
-    if head is not None and teacher_states is not None:
-        vocab = min(alignment.teacher.architecture.vocab_size, alignment.student.architecture.vocab_size)
-        heads = (teacher_states, head), (student.states(), alignment.student.head_weight)
-        log_probs = [head_log_probs(states, weight, vocab, grid.groups.tp) for states, weight in heads]
-        for log_p, log_q, ids in zip(*log_probs, student.target_chunks(), strict=True):
-            divergence = vocab_parallel_kl(log_p, log_q, grid.groups.tp).double().sum()
-            cross_entropy = -vocab_parallel_gather(log_q, ids, grid.groups.tp).double().sum()
-            totals += torch.tensor([divergence, cross_entropy, len(ids)], dtype=torch.float64)
-    return totals if grid.coords.tp == 0 else torch.zeros(3, dtype=torch.float64), layer_sums
+    for number, finals in enumerate(teachers):
+        teacher_states = finals.states()
+        if head is not None and teacher_states is not None:
+            totals += _divergence(alignment, (teacher_states, head), students[number])
+    counts = grid.is_member and grid.coords.tp == 0
+    return totals if counts else torch.zeros(3, dtype=torch.float64), layer_sums
+
+
+def _divergence(alignment: Alignment, teacher: tuple[torch.Tensor, torch.Tensor], student: FinalStates) -> torch.Tensor:
+    """[KL, cross-entropy, tokens] sums over this rank's response tokens; `teacher` is (states, head)."""
+    vocab = min(alignment.teacher.architecture.vocab_size, alignment.student.architecture.vocab_size)
+    group, totals = alignment.student.grid.groups.tp, torch.zeros(3, dtype=torch.float64)
+    heads = teacher, (student.states(), alignment.student.head_weight)
+    log_probs = [head_log_probs(states, weight, vocab, group) for states, weight in heads]
+    for log_p, log_q, ids in zip(*log_probs, student.target_chunks(), strict=True):
+        divergence = vocab_parallel_kl(log_p, log_q, group).double().sum()
+        cross_entropy = -vocab_parallel_gather(log_q, ids, group).double().sum()
+        totals += torch.tensor([divergence, cross_entropy, len(ids)], dtype=torch.float64)
+    return totals

@@ -1,10 +1,22 @@
 """Core attention on torch's scaled_dot_product_attention, where Transformer Engine is absent.
 
-mcore's own fallback materialises the [B, heads, S, S] scores and refuses packed sequences. This one does neither, and
-handles grouped queries. Causal masking is all that right-padded batches need: padding comes after every real token, so no
-real token attends to it, and what padding itself computes is never read.
+mcore's own fallback materialises the scores of the whole batch and refuses packed sequences. This one attends one sequence of
+a pack at a time, handles grouped queries, and splits sequences over context parallelism.
 
-Legend: S tokens, B sequences, N query heads on this rank, G key/value heads on this rank, H head width, P packed tokens.
+Context parallelism of size C follows mcore's packed ("thd") convention, the one its rotary embedding counts positions by
+(megatron/core/models/common/embeddings/rope_utils.py, `_get_thd_freqs_on_this_cp_rank`). Every sequence, its length a
+multiple of 2C, is cut into 2C equal chunks; rank r holds chunk r and then chunk 2C-1-r, an early one and a late one, so that
+all ranks have the same causal work. A rank's pack is these pairs, sequence after sequence. With C = 2:
+
+    natural    a0 a1 a2 a3 b0 b1 b2 b3
+    rank 0     a0 a3 b0 b3
+    rank 1     a1 a2 b1 b2
+
+Queries stay where they are; keys and values are gathered, put back into natural order, and each chunk of queries attends
+to the keys from its sequence's start to its own end.
+
+Legend: P packed tokens over all context-parallel ranks, C their number, N query heads on this rank, G key/value heads on
+this rank, H head width.
 """
 
 from __future__ import annotations
@@ -13,18 +25,33 @@ from itertools import pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
 
 
 class SDPACoreAttention(torch.nn.Module):
-    """Causal self-attention over padded ([S, B, ..]) or packed ([P, ..] with cu_seqlens) tokens."""
+    """Causal self-attention within each sequence of a pack.
 
-    def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: object) -> None:
+    A pure function of its inputs, so that mcore may run it again in backward (selective recomputation).
+
+    Collectives over the context-parallel group, none if C = 1: one all-gather of [P/C, 2G, H] in forward, one reduce-scatter
+    back to it in backward. A rank then holds the keys and values of the whole pack, its queries and outputs only.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "SDPACoreAttention does not split sequences over context parallelism"
         assert config.attention_dropout == 0.0, "attention dropout is not supported"
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -39,27 +66,77 @@ class SDPACoreAttention(torch.nn.Module):
         """Attend causally within each sequence.
 
         Args:
-            query: [S, B, N, H], or [P, N, H] when packed.
-            key, value: [S, B, G, H], or [P, G, H] when packed.
+            query: [P/C, N, H], this rank's chunks.
+            key, value: [P/C, G, H], the same tokens.
             attention_mask: must be None; the mask is causal.
-            packed_seq_params: boundaries of the packed sequences (`cu_seqlens_q`).
+            packed_seq_params: boundaries of the sequences in the whole pack of P tokens (`cu_seqlens_q`).
 
         Returns:
-            [S, B, N * H], or [P, N * H] when packed.
+            [P/C, N * H]
         """
-        assert attention_mask is None, "only the causal mask is supported: pad on the right or pack"
-        if packed_seq_params is None:
-            attended = self._causal(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
-            return attended.permute(2, 0, 1, 3).flatten(2)
+        assert attention_mask is None, "only the causal mask is supported"
+        assert packed_seq_params is not None, "only packed sequences are supported"
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        pieces = [
-            self._causal(*(x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value)))
-            for start, end in pairwise(bounds)
-        ]
-        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).flatten(1)
+        cp_rank, cp_size = self.cp_group.rank(), self.cp_group.size()
+        assert query.size(0) * cp_size == bounds[-1], f"{cp_size} x {query.size(0)} tokens, pack of {bounds[-1]}"
+        if cp_size > 1:
+            pairs_local = torch.cat((key, value), dim=1)
+            gathered = gather_from_sequence_parallel_region(pairs_local, group=self.cp_group)
+            order = natural_order(packed_seq_params.cu_seqlens_q, cp_size)
+            key, value = gathered.index_select(0, order).chunk(2, dim=1)
+        spans = attention_spans(bounds, cp_rank, cp_size)
+        return torch.cat([self._attend(query[rows], key[seen], value[seen]) for rows, seen in spans])
 
-    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[B, N, S, H] x [B, G, S, H] -> [B, N, S, H]."""
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[Q, N, H] x [K, G, H] -> [Q, N * H]; the queries are those of the last Q of the K tokens."""
+        num_queries, num_keys = query.size(0), key.size(0)
+        mask = None
+        if num_queries < num_keys:  # is_causal would count queries from the first key
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        attended = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
         )
+        return attended.squeeze(0).transpose(0, 1).flatten(1)
+
+
+def attention_spans(bounds: list[int], cp_rank: int, cp_size: int) -> list[tuple[slice, slice]]:
+    """What attends to what on one context-parallel rank.
+
+    Args:
+        bounds: first token of every sequence of the whole pack, and P.
+
+    Returns:
+        (queries among this rank's tokens, keys among all P in natural order) of each chunk, in the order in which the rank
+        holds them. A query chunk's keys end where it ends. Without context parallelism a sequence is one chunk.
+    """
+    if cp_size == 1:
+        return [(slice(start, end), slice(start, end)) for start, end in pairwise(bounds)]
+    spans = []
+    for start, end in pairwise(bounds):
+        width, rest = divmod(end - start, 2 * cp_size)
+        assert rest == 0, f"a sequence of {end - start} tokens does not split into {2 * cp_size} chunks"
+        for slot, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
+            first = start // cp_size + slot * width
+            spans.append((slice(first, first + width), slice(start, start + (chunk + 1) * width)))
+    return spans
+
+
+def natural_order(cu_seqlens: torch.Tensor, cp_size: int) -> torch.Tensor:
+    """Index [P] (int64) that puts tokens gathered rank after rank into natural order: `natural = gathered[index]`.
+
+    Args:
+        cu_seqlens: [sequences + 1] boundaries in the whole pack of P tokens, integers.
+    """
+    lengths = cu_seqlens.diff()
+    token = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    start, width = (x.long().repeat_interleave(lengths) for x in (cu_seqlens[:-1], lengths // (2 * cp_size)))
+    chunk, offset = (token - start) // width, (token - start) % width
+    rank = torch.minimum(chunk, 2 * cp_size - 1 - chunk)
+    return rank * (token.numel() // cp_size) + start // cp_size + (chunk >= cp_size) * width + offset

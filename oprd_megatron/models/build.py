@@ -26,13 +26,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from checkpoints_conversion import Architecture, Sharding, load_hf_weights
-from checkpoints_conversion.architecture import Llama3Rope
+from checkpoints_conversion.architecture import VOCAB_MULTIPLE, Llama3Rope
+from oprd_megatron.config.schema import RecomputeConfig
 from oprd_megatron.models.spec import block_spec, has_transformer_engine
-from oprd_megatron.parallel import Grid, GridLayout
+from oprd_megatron.parallel import Coords, GridLayout
+from oprd_megatron.parallel.grid import Grid
 from oprd_megatron.platform import Platform
-
-VOCAB_MULTIPLE = 128
-"""Each tensor-parallel rank's share of the vocabulary is padded to a multiple of this (Megatron's convention)."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,7 +45,7 @@ class Model:
         grid: this model's process groups and layout.
         sharding: padded sizes and this rank's tensor-parallel shard.
         config: mcore's configuration.
-        chunks: this rank's GPTModel chunks, first to last (one without virtual pipeline stages).
+        chunks: this rank's GPTModel chunks, first to last: one, with virtual pipeline stages more, none off the grid.
         source: the Hugging Face directory that the weights came from.
     """
 
@@ -65,19 +64,6 @@ class Model:
         return chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
 
 
-def tp_divisible(architecture: Architecture, pad_heads: bool) -> dict[str, int]:
-    """What tp has to divide, by name, for `resolve_layout`."""
-    features = {"MLP features": architecture.ffn_hidden_size}
-    if pad_heads:
-        return features
-    hint = "(pad_heads: true would allow it)"
-    return {
-        f"attention heads {hint}": architecture.num_attention_heads,
-        f"key/value heads {hint}": architecture.num_query_groups,
-        **features,
-    }
-
-
 def build_model(
     architecture: Architecture,
     grid: Grid,
@@ -87,8 +73,10 @@ def build_model(
     hf_dir: Path,
     frozen: bool,
     vocab_size: int = 0,
+    recompute: RecomputeConfig | None = None,
 ) -> Model:
-    """Build this rank's shard and load its weights; each rank reads only its own slices.
+    """Build this rank's shard and load its weights; each rank reads only its own slices. A rank that is not on the grid gets
+    a model without chunks.
 
     Args:
         architecture: of the model in `hf_dir`.
@@ -99,38 +87,47 @@ def build_model(
         frozen: no parameter requires a gradient (the teacher).
         vocab_size: pad the vocabulary as for this many ids, if that is more than the model's own. Two models that are
             padded alike have equal vocabulary shards.
+        recompute: activation recomputation of a model that is trained.
 
     Raises:
         CheckpointError: the weights are missing, torn or of other shapes.
     """
     layout = grid.layout
+    recompute = recompute or RecomputeConfig()
     padded_as = replace(architecture, vocab_size=max(vocab_size, architecture.vocab_size))
-    sharding = Sharding.smallest(padded_as, grid.coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
+    coords = grid.coords if grid.is_member else Coords(0, 0, 0)
+    sharding = Sharding.smallest(padded_as, coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
+    chunks = []
     with platform.scope():
-        config = transformer_config(architecture, layout, grid.coords.pp, sharding, dtype, platform)
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(
-                layout.layers_per_stage[grid.coords.pp],
-                qk_norm=architecture.qk_norm,
-                transformer_engine=has_transformer_engine() and platform.is_cuda,
-            ),
-            vocab_size=sharding.vocab_size_padded,
-            max_sequence_length=architecture.max_position_embeddings,
-            pre_process=grid.is_first_stage,
-            post_process=grid.is_last_stage,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,
-            pg_collection=grid.groups,
-        ).to(platform.device)
-        if architecture.rope_scaling is not None:
-            _scale_rope(chunk, architecture.rope_scaling)
-        _mark_sharded_parameters(chunk)
-        load_hf_weights([chunk], hf_dir, sharding, architecture)
+        config = transformer_config(architecture, layout, coords.pp, sharding, dtype, platform, recompute)
+        for number in range(layout.vpp if grid.is_member else 0):
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(
+                    len(layout.chunk_layers(coords.pp, number)),
+                    qk_norm=architecture.qk_norm,
+                    transformer_engine=has_transformer_engine() and platform.is_cuda,
+                ),
+                vocab_size=sharding.vocab_size_padded,
+                max_sequence_length=architecture.max_position_embeddings,
+                pre_process=grid.is_first_stage and number == 0,
+                post_process=grid.is_last_stage and number == layout.vpp - 1,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_base=architecture.rotary_base,
+                pg_collection=grid.groups,
+                vp_stage=number if layout.vpp > 1 else None,
+            ).to(platform.device)
+            if architecture.rope_scaling is not None:
+                _scale_rope(chunk, architecture.rope_scaling)
+            _mark_sharded_parameters(chunk)
+            chunks.append(chunk)
+        if chunks:
+            load_hf_weights(chunks, hf_dir, sharding, architecture)
     if frozen:
-        chunk.requires_grad_(False).eval()
-    return Model(architecture, grid, sharding, config, [chunk], hf_dir)
+        for chunk in chunks:
+            chunk.requires_grad_(False).eval()
+    return Model(architecture, grid, sharding, config, chunks, hf_dir)
 
 
 def transformer_config(
@@ -140,6 +137,7 @@ def transformer_config(
     sharding: Sharding,
     dtype: torch.dtype,
     platform: Platform,
+    recompute: RecomputeConfig,
 ) -> TransformerConfig:
     """mcore's configuration for one rank of the layout. Weights are loaded, never initialised; nothing is fused that
     needs CUDA kernels of its own."""
@@ -165,9 +163,12 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         pipeline_model_parallel_layout=StageLayout(layout, stage) if layout.pp > 1 else None,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
-        variable_seq_lengths=layout.pp > 1,
-        moe_token_dispatcher_type="alltoall",  # mcore wants it with variable lengths, also in a dense model
+        recompute_granularity=None if recompute.granularity == "none" else recompute.granularity,
+        recompute_method=recompute.method if recompute.granularity == "full" else None,
+        recompute_num_layers=recompute.num_layers if recompute.granularity == "full" else None,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
         perform_initialization=False,
@@ -185,8 +186,8 @@ def transformer_config(
 class StageLayout(PipelineParallelLayerLayout):
     """mcore's free pipeline layout, told which stage this rank is.
 
-    mcore calls the two methods below without a stage in places and would then ask its global parallel state, which does
-    not know that two models share this process.
+    mcore's own methods ask its global parallel state for the stage and for virtual stages, which does not know that two
+    models share this process.
     """
 
     def __init__(self, layout: GridLayout, stage: int) -> None:
@@ -194,22 +195,24 @@ class StageLayout(PipelineParallelLayerLayout):
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
         super().__init__(stages, layout.pp)
-        self.stage = stage
+        self.grid_layout, self.stage = layout, stage
 
     def get_num_layers_to_build(
         self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
     ) -> int:
-        return super().get_num_layers_to_build(layer_type, vp_stage, self.stage if pp_rank is None else pp_rank)
+        return int(self.layout[self.stage if pp_rank is None else pp_rank][vp_stage or 0].count(layer_type))
 
     def get_layer_offset(
         self, layer_type: LayerType = LayerType.decoder, vp_stage: int | None = None, pp_rank: int | None = None
     ) -> int:
-        return super().get_layer_offset(layer_type, vp_stage, self.stage if pp_rank is None else pp_rank)
+        assert layer_type == LayerType.decoder
+        stage = self.stage if pp_rank is None else pp_rank
+        return self.grid_layout.chunk_layers(stage, vp_stage or 0).start - 1
 
 
 @contextlib.contextmanager
 def without_head(chunk: torch.nn.Module) -> Iterator[None]:
-    """Run a forward that ends with the final hidden state [S, B, D] (after the final norm) instead of logits.
+    """Run a forward that ends with the final hidden state [P_local, 1, D] (after the final norm) instead of logits.
 
     GPTModel skips its output layer when it is not `post_process`; the decoder keeps its final norm. Only around the
     forward: mcore's gradient finalisation finds tied embeddings by the same flag.

@@ -1,6 +1,5 @@
-"""Parallel layouts: `layout` is plain data, `grid` holds the process groups."""
+"""Parallel layouts: `layout` is plain data, `grid` holds the process groups (and needs mcore)."""
 
-from oprd_megatron.parallel.grid import Grid, build_grid
-from oprd_megatron.parallel.layout import Coords, GridLayout, resolve_layout
+from oprd_megatron.parallel.layout import Coords, GridLayout, check_ranks, resolve_layout, tp_divisible
 
-__all__ = ["Coords", "Grid", "GridLayout", "build_grid", "resolve_layout"]
+__all__ = ["Coords", "GridLayout", "check_ranks", "resolve_layout", "tp_divisible"]

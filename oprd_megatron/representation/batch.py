@@ -1,22 +1,28 @@
-"""A global batch of rollouts, and everything about it that both models must agree on."""
+"""A global batch of rollouts, and everything about it that both models must agree on.
+
+A batch is done in chunks, each a part of the samples with a routing plan of its own: as few as keep every rank's teacher
+states under the spool's budget. Teacher and student on ranks of their own work at the same time on different chunks, so there
+a batch has several chunks also without a budget.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from itertools import pairwise
 
 from oprd_megatron.config.schema import DistillConfig
-from oprd_megatron.errors import DataError
-from oprd_megatron.parallel import GridLayout
+from oprd_megatron.errors import ConfigError, DataError
+from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.placement import Arrangement, TokenPlacement, arrange, place_tokens
 from oprd_megatron.representation.positions import supervised_positions
-from oprd_megatron.representation.route import Transfer, plan_route
+from oprd_megatron.representation.route import Route, layers_between, plan_route
 
-PAD_ID = 0
-"""What right padding is filled with; it is never attended to by a real token and never supervised."""
+OVERLAP_CHUNKS = 8
+"""Most chunks of a batch that are made only to let teacher and student overlap."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class Side:
-    """One model's arrangement of the batch."""
+    """One model's arrangement of a chunk."""
 
     arrangement: Arrangement
     tokens: TokenPlacement
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a batch that goes through teacher, exchange and student at once.
+
+    Attributes:
+        samples: its rollouts, in order.
+        teacher, student: either model's arrangement.
+        route: the plan.
+    """
+
+    samples: Sequence[Sample]
+    teacher: Side
+    student: Side
+    route: Route
 
 
 @dataclass(frozen=True)
@@ -46,50 +68,119 @@ class BatchPlan:
     Attributes:
         samples: the rollouts, in order.
         num_tokens: supervised tokens of the whole batch: the loss's global denominator.
-        teacher, student: either model's arrangement.
-        transfers: the routing plan.
+        chunks: of the samples, in order.
     """
 
     samples: Sequence[Sample]
     num_tokens: int
-    teacher: Side
-    student: Side
-    transfers: list[Transfer]
+    chunks: list[Chunk]
 
 
-def plan_batch(
-    samples: Sequence[Sample],
-    pairs: Sequence[LayerPair],
-    teacher: GridLayout,
-    student: GridLayout,
-    config: DistillConfig,
-    micro_batch_size: int,
-) -> BatchPlan:
-    """Arrange a global batch on both grids and route its states.
+@dataclass(frozen=True)
+class Planner:
+    """Plans batches for two grids.
 
-    Raises:
-        DataError: no token of the batch is supervised.
+    Attributes:
+        pairs: supervised layers.
+        teacher, student: the grids.
+        config: positions and the spool's budget.
+        state_bytes: bytes of one state on the wire.
+        micro_batch_size, micro_batch_tokens: as in `run`.
     """
-    lengths = [len(sample.ids) for sample in samples]
-    positions = [supervised_positions(len(s.prompt_ids), len(s.response_ids), config) for s in samples]
-    num_tokens = sum(len(sample_positions) for sample_positions in positions)
-    if num_tokens == 0:
-        raise DataError("no token of this batch is supervised: all responses are empty; check rollout.stop and prompts")
-    sides = []
-    for layout in (teacher, student):
-        arrangement = arrange(lengths, layout, micro_batch_size)
-        sides.append(Side(arrangement, place_tokens(positions, arrangement, layout)))
-    transfers = plan_route(pairs, teacher, sides[0].tokens, student, sides[1].tokens)
-    return BatchPlan(samples, num_tokens, sides[0], sides[1], transfers)
 
+    pairs: Sequence[LayerPair]
+    teacher: GridLayout
+    student: GridLayout
+    config: DistillConfig
+    state_bytes: int
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None
 
-def token_blocks(samples: Sequence[Sample], arrangement: Arrangement, dp: int) -> list[torch.Tensor]:
-    """Token ids of each micro-batch of one data-parallel rank: [B, S] int64, right-padded with `PAD_ID`."""
-    blocks = []
-    for columns, length in zip(arrangement.samples[dp], arrangement.lengths[dp], strict=True):
-        block = torch.full((len(columns), length), PAD_ID)
-        for row, sample in enumerate(columns):
-            ids = samples[sample].ids
-            block[row, : len(ids)] = torch.tensor(ids)
-        blocks.append(block)
-    return blocks
+    def plan(self, samples: Sequence[Sample]) -> BatchPlan:
+        """Cut a global batch into chunks, arrange them on both grids and route their states.
+
+        Raises:
+            DataError: no token of the batch is supervised.
+            ConfigError: the smallest chunk that both grids can work on is over the budget.
+        """
+        num_tokens = sum(len(self._positions(sample)) for sample in samples)
+        if num_tokens == 0:
+            raise DataError(
+                "no token of this batch is supervised: all responses are empty; check rollout.stop and prompts"
+            )
+        units, rest = divmod(len(samples), self._unit)
+        assert rest == 0, f"{len(samples)} samples, {self._unit} at a time"
+        budget = self.config.spool_bytes
+        count = self._overlap_chunks(units)
+        while True:
+            chunks = [self._chunk(samples[part]) for part in self._parts(len(samples), count)]
+            largest = max(max(chunk.route.held_bytes(self.state_bytes).values(), default=0) for chunk in chunks)
+            if budget is None:
+                return BatchPlan(samples, num_tokens, chunks)
+            room = budget if self._share_ranks else max(1, budget // 2)  # two chunks at a time overlap
+            if largest <= room or (count == units and largest <= budget):
+                return BatchPlan(samples, num_tokens, chunks)
+            if count == units:
+                raise ConfigError(
+                    f"distill.spool_bytes: {int(budget)} is below one micro-batch's states; this batch needs at least {largest}"
+                )
+            count = min(units, max(count + 1, math.ceil(count * largest / room)))
+
+    def most_held_bytes(self, longest: Sample) -> int:
+        """Upper bound of what a rank holds of the smallest chunk, whatever the samples, none longer than `longest`.
+
+        With context or sequence parallelism all supervised tokens of a micro-batch may come to lie on one rank; else they
+        are split evenly over tensor-parallel ranks.
+        """
+        alike = self._share_ranks and all(
+            getattr(self.teacher, axis) == getattr(self.student, axis) for axis in ("tp", "cp", "dp", "pp", "sp")
+        )
+        held: tuple[dict[int, int], dict[int, int]] = (defaultdict(int), defaultdict(int))
+        for stages, layers in layers_between(self.pairs, self.teacher, self.student).items():
+            for side, layout in enumerate((self.teacher, self.student)):
+                samples = -(-self._unit // layout.dp)
+                tokens = samples * len(self._positions(longest))
+                share = tokens if layout.sp else -(-tokens // layout.tp)
+                if side == 1 or not (alike and stages[0] == stages[1]):  # else it stays, and is the student's already
+                    held[side][stages[side]] += share * len(layers) * self.state_bytes
+        if alike:
+            return max(held[0][stage] + held[1][stage] for stage in range(self.student.pp))
+        most = [max(by_stage.values(), default=0) for by_stage in held]
+        return sum(most) if self._share_ranks else max(most)
+
+    def _overlap_chunks(self, units: int) -> int:
+        """1 where teacher and student take turns on the same ranks; else enough to overlap, with pipelines still filled."""
+        if self._share_ranks:
+            return 1
+        deepest = max(layout.pp * layout.vpp for layout in (self.teacher, self.student))
+        return max(1, min(OVERLAP_CHUNKS, units // deepest))
+
+    @property
+    def _share_ranks(self) -> bool:
+        return self.teacher.ranks == self.student.ranks
+
+    @property
+    def _unit(self) -> int:
+        """Samples that both grids can arrange evenly."""
+        if self.micro_batch_tokens is not None:
+            return 1
+        return self.micro_batch_size * math.lcm(self.teacher.dp, self.student.dp)
+
+    def _parts(self, count: int, parts: int) -> list[slice]:
+        """`count` samples in parts of whole units, as even as they go."""
+        units = count // self._unit
+        bounds = [units * part // parts * self._unit for part in range(parts + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+    def _positions(self, sample: Sample) -> range:
+        return supervised_positions(len(sample.prompt_ids), len(sample.response_ids), self.config)
+
+    def _chunk(self, samples: Sequence[Sample]) -> Chunk:
+        lengths = [len(sample.ids) for sample in samples]
+        positions = [self._positions(sample) for sample in samples]
+        sides = []
+        for layout in (self.teacher, self.student):
+            arrangement = arrange(lengths, layout, self.micro_batch_size, self.micro_batch_tokens)
+            sides.append(Side(arrangement, place_tokens(positions, arrangement, layout)))
+        route = plan_route(self.pairs, self.teacher, sides[0].tokens, self.student, sides[1].tokens)
+        return Chunk(samples, sides[0], sides[1], route)

@@ -3,8 +3,9 @@
 mcore's schedule knows one loss, on the last stage. A representation loss has a term on every supervised layer, most of
 them on other stages. So each tap passes its hidden state through `InjectRowLoss`, an identity whose backward adds the
 gradient of that layer's loss to the gradient that comes from above. Nothing else about the schedule changes:
-several micro-batches in flight, uneven stages and mcore's early freeing of stage outputs work, and no hidden state of all
-layers is ever stored. (The pattern is mcore's own, for the auxiliary losses of mixture-of-experts layers.)
+several micro-batches in flight, virtual and uneven stages, recomputation and mcore's early freeing of stage outputs work, and
+no hidden state of all layers is ever stored. (The pattern is mcore's own, for the auxiliary losses of
+mixture-of-experts layers.)
 
 Only supervised rows are touched, and only they are cast to fp32. The gradient of the rows is computed in backward from the
 hidden state, which autograd keeps alive for the next layer anyway.
@@ -14,7 +15,7 @@ hidden state is replicated and every rank must end up with the whole gradient, b
 rows (so that it needs only 1/tp of the targets): backward all-gathers the shares, one collective per tapped layer
 and micro-batch.
 
-Legend: S_local tokens and B samples of the block on this rank; D width; N supervised rows of this rank.
+Legend: P_local tokens of the pack on this rank; D width; N supervised rows of this rank.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core.utils import make_viewless_tensor
 
-from oprd_megatron.parallel import Grid
-from oprd_megatron.representation.exchange import Targets
+from oprd_megatron.parallel.grid import Grid
+from oprd_megatron.representation.bridge import Bridge
+from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.loss import (
     ALIGNMENT_FIELDS,
@@ -38,90 +40,115 @@ from oprd_megatron.representation.loss import (
     row_loss,
 )
 from oprd_megatron.representation.placement import TokenPlacement
-from oprd_megatron.representation.rows import BlockRows, block_rows, gather_rows
+from oprd_megatron.representation.rows import block_rows, gather_rows
 
 
 class InjectRowLoss(torch.autograd.Function):
     """Identity on the hidden state; backward adds weight * d row_loss / d hidden at the supervised rows.
 
-    Forward: no collectives. Backward: one all-gather over `tp_group` if the rows are replicated, else none.
+    Forward: no collectives. Backward: one all-gather over the tensor-parallel group if the rows are replicated, else none.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        target: torch.Tensor,
-        rows: BlockRows,
-        weight: float,
-        how: Normalize,
-        tp_group: dist.ProcessGroup,
-    ) -> torch.Tensor:
-        """hidden [S_local, B, D]; target [N, D], any float dtype."""
-        ctx.save_for_backward(hidden, target)
-        ctx.rows, ctx.weight, ctx.how, ctx.tp_group = rows, weight, how, tp_group
+    def forward(ctx: Any, hidden: torch.Tensor, aligner: Aligner, layer: int, micro_batch: int) -> torch.Tensor:
+        """hidden [P_local, 1, D]."""
+        ctx.save_for_backward(hidden)
+        ctx.aligner, ctx.place = aligner, (layer, micro_batch)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:  # type: ignore[override]
-        hidden, target = ctx.saved_tensors
-        selected = hidden.detach().flatten(0, 1).index_select(0, ctx.rows.mine).float().requires_grad_()
-        with torch.enable_grad():
-            loss = ctx.weight * row_loss(selected, target.float(), ctx.how)
-        (row_gradient,) = torch.autograd.grad(loss, selected)
-        rows, row_gradient = ctx.rows.mine, row_gradient.to(gradient.dtype)
-        if ctx.rows.replicated:
-            rows, row_gradient = torch.cat(ctx.rows.by_rank), gather_rows(row_gradient, ctx.rows.by_rank, ctx.tp_group)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (hidden,) = ctx.saved_tensors
+        rows, row_gradient = ctx.aligner.row_gradient(*ctx.place, hidden)
         total = gradient.clone(memory_format=torch.contiguous_format)
-        total.view(-1, total.size(-1)).index_add_(0, rows, row_gradient)
-        return total, None, None, None, None, None
+        total.view(-1, total.size(-1)).index_add_(0, rows, row_gradient.to(gradient.dtype))
+        return total, None, None, None
 
 
 class Aligner:
-    """The student's side of one global batch: `on_state` is its tap, `metrics` what it measured.
+    """The student's side of one chunk: `on_state` is its tap, `sums` what it measured.
 
     Args:
         pairs: supervised layers.
-        targets: teacher states for this rank, from the exchange.
+        delivery: teacher states for this rank, received.
         tokens: where the supervised tokens lie on the student's grid.
+        order: of this rank's rows (`Route.order`).
         grid: the student's grid.
         scale: what turns sums of rows into the loss.
         how: normalisation.
         device: of the hidden states.
+        bridge: compares projected states.
     """
 
     def __init__(
         self,
         pairs: Sequence[LayerPair],
-        targets: Targets,
+        delivery: Delivery,
         tokens: TokenPlacement,
+        order: np.ndarray,
         grid: Grid,
         *,
         scale: LossScale,
         how: Normalize,
         device: torch.device,
+        bridge: Bridge | None = None,
     ) -> None:
         self.teacher_layer = {pair.student_layer: pair.teacher_layer for pair in pairs}
-        self.targets, self.scale, self.how = targets, scale, how
+        self.delivery, self.scale, self.how, self.bridge = delivery, scale, how, bridge
         self.tp_group = grid.groups.tp
-        self.rows = block_rows(tokens, grid, device)
+        self.rows = block_rows(tokens, order, grid, device)
+        here = set(grid.layout.layers_of(grid.coords.pp))
+        taught: dict[int, set[int]] = defaultdict(set)
+        for pair in pairs:
+            if pair.student_layer in here:
+                taught[pair.teacher_layer].add(pair.student_layer)
+        self._waiting = {(mb, layer): set(students) for mb in self.rows for layer, students in taught.items()}
         self._sums: dict[tuple[int, int], torch.Tensor] = {}
 
     def on_state(self, layer: int, micro_batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Measure the layer's loss and, when training, inject its gradient. hidden: [S_local, B, D]."""
+        """Measure the layer's loss and, when training, inject its gradient. hidden: [P_local, 1, D].
+
+        A layer that is recomputed in backward comes here twice: first without gradients, where it is measured, then with.
+        """
         rows = self.rows.get(micro_batch)
         if rows is None:
             return None
-        target = self.targets.rows(micro_batch, self.teacher_layer[layer])
-        if target is None:
-            target = hidden.new_empty(0, hidden.size(-1))
-        selected = hidden.detach().flatten(0, 1).index_select(0, rows.mine).float()
-        self._sums[micro_batch, layer] = alignment_sums(selected, target.float(), self.how)
+        if (micro_batch, layer) not in self._sums:
+            selected = self._projected(layer, hidden.detach().flatten(0, 1).index_select(0, rows.mine).float())
+            target = self._target(layer, micro_batch, selected)
+            self._sums[micro_batch, layer] = alignment_sums(selected, target, self.how)
         if not torch.is_grad_enabled():
             return None
-        injected = InjectRowLoss.apply(hidden, target, rows, self.scale.weight, self.how, self.tp_group)
+        injected = InjectRowLoss.apply(hidden, self, layer, micro_batch)
         # The schedule frees a stage's output by replacing its data, which it refuses to do to a view.
         return make_viewless_tensor(injected, requires_grad=True, keep_graph=True)
+
+    def row_gradient(self, layer: int, micro_batch: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the local block and the loss's gradient there: ([N] int64, [N, D] fp32). Frees the target if nobody else
+        needs it. Collective over the tensor-parallel group where the rows are replicated."""
+        rows = self.rows[micro_batch]
+        selected = hidden.detach().flatten(0, 1).index_select(0, rows.mine).float().requires_grad_()
+        with torch.enable_grad():
+            projected = self._projected(layer, selected)
+            target = self._target(layer, micro_batch, projected)
+            loss = self.scale.weight * row_loss(projected, target, self.how)
+        (gradient,) = torch.autograd.grad(loss, selected)
+        teacher_layer = self.teacher_layer[layer]
+        waiting = self._waiting[micro_batch, teacher_layer]
+        waiting.discard(layer)
+        if not waiting:
+            self.delivery.release(micro_batch, teacher_layer)
+        if not rows.replicated:
+            return rows.mine, gradient
+        wire = hidden.dtype  # what the gradient will be added to: nothing is gained by gathering more digits
+        return torch.cat(rows.by_rank), gather_rows(gradient.to(wire), rows.by_rank, self.tp_group)
+
+    def _projected(self, layer: int, selected: torch.Tensor) -> torch.Tensor:
+        return selected if self.bridge is None else selected @ self.bridge.student[layer].T
+
+    def _target(self, layer: int, micro_batch: int, like: torch.Tensor) -> torch.Tensor:
+        rows = self.delivery.rows(micro_batch, self.teacher_layer[layer])
+        return like.new_empty(0, like.size(-1)) if rows is None else self.delivery.wire.decode(rows.to(like.device))
 
     def sums(self) -> dict[int, torch.Tensor]:
         """{student layer: [len(ALIGNMENT_FIELDS)] float64 sums over this rank's rows}. Adding them over the ranks of the

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from oprd_megatron.parallel import Grid
+from oprd_megatron.parallel.grid import Grid
 from oprd_megatron.representation.placement import TokenPlacement
 
 
@@ -22,26 +22,34 @@ class BlockRows:
     Attributes:
         mine: rows of the local block that this rank's loss covers; [N] int64.
         by_rank: the rows of every tensor-parallel rank, in rank order.
+        tokens: token numbers of all of them, in the same order.
         replicated: every rank's block holds the rows of all of them (no sequence parallelism).
     """
 
     mine: torch.Tensor
     by_rank: tuple[torch.Tensor, ...]
+    tokens: np.ndarray
     replicated: bool
 
 
-def block_rows(tokens: TokenPlacement, grid: Grid, device: torch.device) -> dict[int, BlockRows]:
-    """{micro-batch: rows} of this rank's data-parallel share; micro-batches without supervised tokens are left out."""
-    here = tokens.dp == grid.coords.dp
+def block_rows(tokens: TokenPlacement, order: np.ndarray, grid: Grid, device: torch.device) -> dict[int, BlockRows]:
+    """{micro-batch: rows} of this rank's data- and context-parallel share; micro-batches without supervised tokens are left
+    out.
+
+    Args:
+        tokens: where the supervised tokens lie on the grid.
+        order: the plan's order of all tokens (`Route.order`); rows are in this order.
+        grid: the model's.
+        device: of the index tensors.
+    """
+    coords = grid.coords
+    here = order[(tokens.dp[order] == coords.dp) & (tokens.cp[order] == coords.cp)]
     blocks = {}
     for micro_batch in np.unique(tokens.micro_batch[here]):
-        members = np.flatnonzero(here & (tokens.micro_batch == micro_batch))
-        members = members[np.argsort(tokens.row[members], kind="stable")]
-        by_rank = tuple(
-            torch.from_numpy(tokens.local_row[members[tokens.shard[members] == tp]]).to(device)
-            for tp in range(grid.layout.tp)
-        )
-        blocks[int(micro_batch)] = BlockRows(by_rank[grid.coords.tp], by_rank, tokens.replicated)
+        members = here[tokens.micro_batch[here] == micro_batch]
+        by_shard = [members[tokens.shard[members] == tp] for tp in range(grid.layout.tp)]
+        by_rank = tuple(torch.from_numpy(tokens.local_row[shard]).to(device) for shard in by_shard)
+        blocks[int(micro_batch)] = BlockRows(by_rank[coords.tp], by_rank, np.concatenate(by_shard), tokens.replicated)
     return blocks
 
 

@@ -7,16 +7,18 @@ import torch.distributed as dist
 from oprd_megatron.config.schema import ModelConfig, RunConfig
 from oprd_megatron.models import DTYPES
 from oprd_megatron.parallel.agreement import together
+from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.platform import Platform, available_cores
 from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.hf_engine import HFEngine
 
 
-def build_engine(config: RunConfig, section: ModelConfig, platform: Platform) -> RolloutEngine | None:
-    """This rank's engine for one of the models, without weights yet; None if this rank holds none. Collective."""
-    world_size = dist.get_world_size()
-    count = min(config.rollout.num_engines or default_num_engines(platform), world_size)
-    holders = {index * world_size // count for index in range(count)}
+def build_engine(
+    config: RunConfig, section: ModelConfig, layout: GridLayout, platform: Platform
+) -> RolloutEngine | None:
+    """This rank's engine for one of the models, without weights yet; None if this rank holds none. Engines are on ranks of
+    the model's grid, where its weights are. Collective."""
+    holders = layout.spread(config.rollout.num_engines or default_num_engines(platform))
     engine = None
     with together(f"starting the rollout engine on {section.path}"):
         if dist.get_rank() in holders:

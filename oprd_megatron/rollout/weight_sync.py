@@ -18,7 +18,8 @@ from oprd_megatron.models import Model, run_schedule
 from oprd_megatron.objectives.final_states import FinalStates, head_log_probs
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather
 from oprd_megatron.platform import Platform
-from oprd_megatron.representation.batch import Sample, token_blocks
+from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.feed import micro_batches
 from oprd_megatron.representation.placement import arrange
 from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.prompts import Prompt
@@ -39,6 +40,8 @@ def make_probe(prompts: Sequence[Prompt]) -> list[Sample]:
 def sync_weights(engine: RolloutEngine | None, model: Model, version: int) -> None:
     """Stream the model's tensors under Hugging Face names into this rank's engine, if it holds one. Collective over the
     model's grid."""
+    if not model.grid.is_member:
+        return
     groups = model.grid.groups
     tensors = stream_hf_weights(model.chunks, model.architecture, model.sharding, groups.tp, groups.pp)
     if engine is not None:
@@ -49,7 +52,8 @@ def sync_weights(engine: RolloutEngine | None, model: Model, version: int) -> No
 
 def probe_difference(engine: RolloutEngine | None, model: Model, platform: Platform, probe: Sequence[Sample]) -> float:
     """Largest |log p_engine - log p_trainer| over the probe's tokens and all ranks. Collective over the world."""
-    from_trainer, difference = score(model, platform, probe), torch.zeros(1)
+    difference = torch.zeros(1)
+    from_trainer = score(model, platform, probe) if model.grid.is_member else difference
     if engine is not None:
         from_engine = torch.cat(engine.score([list(sample.ids) for sample in probe]))
         difference = (from_engine - from_trainer).abs().max().reshape(1)
@@ -77,24 +81,29 @@ def check_probe(difference: float, tolerance: float, version: int) -> None:
 
 
 def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.Tensor:
-    """Log-probabilities of all response tokens, sample by sample: [N] fp32 on the CPU of every rank. Collective.
+    """Log-probabilities of all response tokens, sample by sample: [N] fp32 on the CPU of every rank of the model's grid.
+    Collective over the grid.
 
     Every data-parallel rank scores all samples; the last stage tells the others.
     """
-    layout, coords = model.grid.layout, model.grid.coords
+    layout, coords, groups = model.grid.layout, model.grid.coords, model.grid.groups
     copies = [sample for sample in samples for _ in range(layout.dp)]  # dealt in turn: every rank gets every sample
     arrangement = arrange([len(sample.ids) for sample in copies], layout, micro_batch_size=1)
     finals = FinalStates(model, copies, arrangement)
-    blocks = token_blocks(copies, arrangement, coords.dp)
-    run_schedule(model, platform, blocks, forward_only=True, on_output=finals.on_output)
-    scores = torch.zeros(sum(len(sample.response_ids) for sample in samples), device=platform.device)
+    fed = micro_batches(copies, arrangement, model.grid)
+    run_schedule(model, platform, fed, forward_only=True, on_output=finals.on_output)
+    counts = [len(sample.response_ids) for sample in copies]
+    scores = torch.zeros(sum(counts), device=platform.device)
     if model.grid.is_last_stage:
-        group, vocab_size = model.grid.groups.tp, model.architecture.vocab_size
         chunks = zip(
-            head_log_probs(finals.states(), model.head_weight, vocab_size, group), finals.target_chunks(), strict=True
+            head_log_probs(finals.states(), model.head_weight, model.architecture.vocab_size, groups.tp),
+            finals.target_chunks(),
+            strict=True,
         )
-        scores = torch.cat([vocab_parallel_gather(log_probs, ids, group) for log_probs, ids in chunks])
-    groups = model.grid.groups
-    if groups.pp.size() > 1:
+        found = torch.cat([vocab_parallel_gather(log_probs, ids, groups.tp) for log_probs, ids in chunks])
+        scores[torch.from_numpy(finals.tokens()).to(scores.device)] = found
+        if layout.cp > 1:
+            dist.all_reduce(scores, group=groups.cp)
+    if layout.pp > 1:
         dist.broadcast(scores, src=dist.get_global_rank(groups.pp, layout.pp - 1), group=groups.pp)
-    return scores.cpu()
+    return torch.cat(scores.cpu().split(counts)[coords.dp :: layout.dp])

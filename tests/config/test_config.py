@@ -12,18 +12,30 @@ import yaml
 from pydantic import BaseModel
 
 from oprd_megatron.config import RunConfig, dump_config, load_config, parse_config
-from oprd_megatron.config.schema import EvalConfig, PromptsConfig
+from oprd_megatron.config.schema import EvalConfig, ParallelConfig, PromptsConfig
 from oprd_megatron.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHIPPED = sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")])
-MINIMAL = {
+MINIMAL: dict[str, Any] = {
     "run": {"dir": "runs/a"},
     "teacher": {"path": "teacher"},
     "student": {"path": "student"},
     "rollout": {"prompts": {"path": "prompts.jsonl"}},
 }
-PARALLEL = {"tp": 1, "pp": 1, "dp": None, "sp": False, "layers_per_stage": None}
+PARALLEL = {
+    "tp": 1,
+    "cp": 1,
+    "pp": 1,
+    "vpp": 1,
+    "dp": None,
+    "sp": False,
+    "ranks": None,
+    "layers_per_stage": None,
+    "first_stage_layers": None,
+    "last_stage_layers": None,
+}
+RECOMPUTE = {"granularity": "none", "method": "uniform", "num_layers": 1}
 DEFAULTS = {
     "run": {
         "dir": "runs/a",
@@ -31,11 +43,18 @@ DEFAULTS = {
         "steps": 500,
         "stop_at": None,
         "micro_batch_size": 1,
+        "micro_batch_tokens": None,
         "device": "auto",
         "export": True,
     },
     "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False},
-    "student": {"path": "student", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False},
+    "student": {
+        "path": "student",
+        "dtype": "bf16",
+        "parallel": PARALLEL,
+        "pad_heads": False,
+        "recompute": RECOMPUTE,
+    },
     "rollout": {
         "engine": "hf",
         "prompts": {
@@ -64,6 +83,10 @@ DEFAULTS = {
         "final_state": "post_norm",
         "normalize": "none",
         "coefficient": 1.0,
+        "bridge": None,
+        "wire": "auto",
+        "spool_bytes": None,
+        "spool": "device",
     },
     "optimizer": {
         "lr": 1e-5,
@@ -81,9 +104,34 @@ DEFAULTS = {
 }
 EVAL_DEFAULTS = {"every": 10, "max_response_tokens": 64, "temperature": 1.0, "micro_batch_size": 4, "samples": 3}
 EVERYTHING = {
-    "run": {"dir": "/tmp/b: c", "seed": 0, "steps": 3, "micro_batch_size": 4, "device": "cpu", "export": False},
-    "teacher": {"path": "t", "dtype": "fp32", "parallel": {"tp": 2, "pp": 2, "layers_per_stage": [3, 1]}},
-    "student": {"path": "s", "parallel": {"tp": 2, "pp": 2}, "pad_heads": True},
+    "run": {
+        "dir": "/tmp/b: c",
+        "seed": 0,
+        "steps": 3,
+        "micro_batch_size": 4,
+        "micro_batch_tokens": 4096,
+        "device": "cpu",
+        "export": False,
+    },
+    "teacher": {
+        "path": "t",
+        "dtype": "fp32",
+        "parallel": {"tp": 2, "pp": 2, "layers_per_stage": [3, 1], "ranks": "0-3"},
+    },
+    "student": {
+        "path": "s",
+        "parallel": {
+            "tp": 2,
+            "cp": 2,
+            "pp": 2,
+            "vpp": 2,
+            "first_stage_layers": 1,
+            "last_stage_layers": 2,
+            "ranks": "4-11",
+        },
+        "pad_heads": True,
+        "recompute": {"granularity": "full", "method": "block", "num_layers": 2},
+    },
     "rollout": {
         "prompts": {"path": "p.parquet", "field": "q", "limit": 7, "chat_template": False},
         "temperature": 0,
@@ -91,7 +139,16 @@ EVERYTHING = {
         "stop": ["\n\n", "null", "12", "1e5", "ж"],
         "probe_tolerance": 1e-3,
     },
-    "distill": {"layers": [1, 4], "layer_map": {1: 2, 4: 4}, "normalize": "l2", "coefficient": 300},
+    "distill": {
+        "layers": [1, 4],
+        "layer_map": {1: 2, 4: 4},
+        "normalize": "l2",
+        "coefficient": 300,
+        "bridge": "bridge.safetensors",
+        "wire": "fp8",
+        "spool_bytes": "1.5GiB",
+        "spool": "host",
+    },
     "optimizer": {"lr": 3e-7, "min_lr": 1e-7, "betas": [0.8, 0.95], "eps": 1e-12, "distributed": True},
     "checkpoint": {"every": 0, "keep": 2, "resume": "never"},
     "eval": {"prompts": {"path": "held_out.json"}, "every": 0},
@@ -135,7 +192,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 11
+    assert len(models) == 13
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
@@ -174,6 +231,13 @@ def test_dump_and_load_are_inverse(tmp_path: Path, values: dict) -> None:
         ("checkpoint.keep=null", None),
         ("rollout.stop=[user, 'x y']", ["user", "x y"]),
         ("student.parallel.layers_per_stage=[4]", [4]),
+        ("teacher.parallel.layers_per_stage=follow_student", "follow_student"),
+        ("student.parallel.ranks=0-7", "0-7"),
+        ("distill.spool_bytes=512MiB", 512 * 2**20),
+        ("distill.spool_bytes=4096", 4096),
+        ("distill.wire=fp8", "fp8"),
+        ("distill.bridge=bridge.safetensors", Path("bridge.safetensors")),
+        ("run.micro_batch_tokens=8192", 8192),
     ],
 )
 def test_overrides(tmp_path: Path, override: str, expected: Any) -> None:
@@ -249,9 +313,36 @@ def test_missing_required_keys_are_named(tmp_path: Path, key: str) -> None:
     [
         (["student.parallel.sp=true"], "student.parallel: sp: true needs tp > 1", ""),
         (["teacher.parallel.sp=true"], "teacher.parallel: sp: true needs tp > 1", ""),
+        (["student.parallel.vpp=2"], "student.parallel: vpp: 2 needs pp > 1", "use vpp: 1"),
+        (["student.parallel.ranks=7-0"], "student.parallel: ranks: 7-0 ends before it starts", "for example 0-7"),
         (
             ["student.parallel.pp=2", "student.parallel.layers_per_stage=[1,2,3]"],
-            "student.parallel: layers_per_stage names 3 stages, but pp is 2",
+            "student.parallel: layers_per_stage names 3 stages, but pp 2 x vpp 1 = 2",
+            "",
+        ),
+        (
+            ["teacher.parallel.pp=2", "teacher.parallel.vpp=2", "teacher.parallel.layers_per_stage=[2,2]"],
+            "teacher.parallel: layers_per_stage names 2 stages, but pp 2 x vpp 2 = 4",
+            "",
+        ),
+        (
+            ["teacher.parallel={pp: 2, layers_per_stage: [2, 2], first_stage_layers: 2}"],
+            "teacher.parallel: layers_per_stage and first_stage_layers/last_stage_layers say the same",
+            "give one of them",
+        ),
+        (
+            ["teacher.parallel={pp: 2, layers_per_stage: follow_student, last_stage_layers: 2}"],
+            "teacher.parallel: layers_per_stage and first_stage_layers/last_stage_layers say the same",
+            "",
+        ),
+        (
+            ["student.parallel.last_stage_layers=2"],
+            "student.parallel: first_stage_layers and last_stage_layers need pp > 1",
+            "",
+        ),
+        (
+            ["student.parallel.layers_per_stage=follow_student"],
+            "student: parallel.layers_per_stage: follow_student is for the teacher",
             "",
         ),
         (["optimizer.min_lr=1e-4"], "optimizer: min_lr 0.0001 is above lr 1e-05", ""),
@@ -271,6 +362,11 @@ def test_keys_that_contradict_each_other(tmp_path: Path, overrides: list[str], s
         ["student.parallel.pp=2", "teacher.parallel.pp=2", "teacher.parallel.layers_per_stage=[9,1]"],
         ["optimizer.min_lr=1e-5"],
         ["run.micro_batch_size=8"],
+        ["run.micro_batch_size=3", "run.micro_batch_tokens=100"],
+        ["student.parallel={pp: 2, vpp: 2, layers_per_stage: [1, 2, 3, 4]}"],
+        ["student.parallel={pp: 3, first_stage_layers: 1, last_stage_layers: 2}"],
+        ["teacher.parallel={pp: 2, layers_per_stage: follow_student}"],
+        ["teacher.parallel.ranks=0-0", "student.parallel.ranks=1-1"],
     ],
 )
 def test_keys_that_agree_pass(tmp_path: Path, overrides: list[str]) -> None:
@@ -301,12 +397,42 @@ def test_keys_that_agree_pass(tmp_path: Path, overrides: list[str]) -> None:
         ("checkpoint.keep=0", "checkpoint.keep", "0"),
         ("logging=3", "logging", "3"),
         ("rollout=null", "rollout", "None"),
+        ("student.parallel.cp=0", "student.parallel.cp", "0"),
+        ("student.parallel.vpp=0", "student.parallel.vpp", "0"),
+        ("student.parallel.ranks=4", "student.parallel.ranks", "4"),
+        ("student.parallel.ranks=a-b", "student.parallel.ranks", "'a-b'"),
+        ("student.parallel.first_stage_layers=0", "student.parallel.first_stage_layers", "0"),
+        ("teacher.parallel.layers_per_stage=even", "teacher.parallel.layers_per_stage", "'even'"),
+        ("teacher.parallel.layers_per_stage=[2, 0]", "teacher.parallel.layers_per_stage", "0"),
+        ("student.recompute.granularity=some", "student.recompute.granularity", "'some'"),
+        ("student.recompute.num_layers=0", "student.recompute.num_layers", "0"),
+        ("distill.wire=fp4", "distill.wire", "'fp4'"),
+        ("distill.spool_bytes=0", "distill.spool_bytes", "0"),
+        ("distill.spool_bytes=much", "distill.spool_bytes", "'much'"),
+        ("distill.spool=disk", "distill.spool", "'disk'"),
+        ("run.micro_batch_tokens=0", "run.micro_batch_tokens", "0"),
     ],
 )
 def test_values_out_of_range_are_named(tmp_path: Path, override: str, key: str, given: str) -> None:
     """A value of the wrong type or size costs one line that starts with the key and ends with what was given."""
     text = message(tmp_path, [override])
     assert text.startswith(f"{key}: ") and given in text, text
+
+
+def test_ranks_are_read_as_numbers() -> None:
+    """`ranks: first-last` names both ends; left out, the grid begins at rank 0 and takes what there is."""
+    named, single, open_ended = ParallelConfig(ranks="4-11"), ParallelConfig(ranks="3-3"), ParallelConfig()
+    assert (named.first_rank, named.num_ranks) == (4, 8)
+    assert (single.first_rank, single.num_ranks) == (3, 1)
+    assert (open_ended.first_rank, open_ended.num_ranks) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("100B", 100), ("2KB", 2000), ("2KiB", 2048), ("1.5GiB", 3 * 2**29), (7, 7)]
+)
+def test_byte_sizes(tmp_path: Path, text: Any, size: int) -> None:
+    """Bytes as a number or with a decimal or binary unit."""
+    assert load_config(write(tmp_path, MINIMAL | {"distill": {"spool_bytes": text}})).distill.spool_bytes == size
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints_conversion import check_model, stream_hf_weights
-from oprd_megatron.models import Model, build_model
-from oprd_megatron.parallel import GridLayout, build_grid
-from oprd_megatron.parallel.grid import init_mcore_globals
+from oprd_megatron.models import MicroBatch, Model, build_model
+from oprd_megatron.parallel import GridLayout
+from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import select_platform
 from tests.ranks import run_ranks
 
@@ -59,7 +59,8 @@ def padding_gradients_on_rank(hf_dir: Path) -> list[Tensor]:
     arch, chunk = model.architecture, model.chunks[0]
     ids = torch.arange(7)[None]
     with select_platform("cpu").scope():
-        chunk(ids, ids, None).pow(2).sum().backward()
+        packing = MicroBatch(0, ids[0], [0, 7]).packing(ids.device)
+        chunk(ids, ids, None, packed_seq_params=packing).pow(2).sum().backward()
     query_rows = arch.heads_per_group * arch.head_dim
     group_rows = query_rows + 2 * arch.head_dim
     gradients = []

@@ -157,7 +157,7 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
     checked = preflight(config, dist.get_world_size())
     teacher, student = build_models(checked, platform)
     held_out = HeldOut(checked, teacher, student, platform)
-    engine = build_engine(config, config.student, platform)
+    engine = build_engine(config, config.student, student.grid.layout, platform)
     sync_weights(engine, student, version=0)
     record = held_out.record(0, engine, samples=True)
     return {"answers": held_out.answers, "record": record}

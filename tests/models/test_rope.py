@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.models.test_parity import LAYOUTS, assert_parity, reference
+from tests.models.test_parity import LAYOUTS, assert_parity, ragged_texts, reference
 from tests.tiny_models import randomise, tiny_config, tiny_tokenizer
 
 VOCAB, LENGTH = 260, 400
@@ -27,7 +27,7 @@ def make_model(out_dir: Path, rope: dict[str, object]) -> LlamaConfig:
     return config
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "cp2"])
 @pytest.mark.parametrize("original", [8192, 64])
 def test_llama3_scaling_equals_transformers(tmp_path: Path, layout: str, original: int) -> None:
     """Hidden states and logits over 400 positions equal transformers'; without the scaling they would not."""
@@ -35,7 +35,7 @@ def test_llama3_scaling_equals_transformers(tmp_path: Path, layout: str, origina
     rope = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": original}
     make_model(tmp_path / "scaled", rope)
     make_model(tmp_path / "plain", {"rope_type": "default"})
-    ids = torch.randint(0, VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(1))
-    scaled, plain = (reference(tmp_path / name, ids)[1] for name in ("scaled", "plain"))
+    texts = ragged_texts([LENGTH, 3], VOCAB)
+    scaled, plain = (reference(tmp_path / name, texts)[1] for name in ("scaled", "plain"))
     assert (scaled - plain).abs().max() > 100 * TOLERANCE * scaled.abs().max()
-    assert_parity(tmp_path / "scaled", LAYOUTS[layout], ids, pad_heads=False, vocab=VOCAB, tolerance=TOLERANCE)
+    assert_parity(tmp_path / "scaled", LAYOUTS[layout], texts, pad_heads=False, vocab=VOCAB, tolerance=TOLERANCE)

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import canonical_parameters, mappings_for, read_architecture
 from oprd_megatron.config.schema import DistillConfig, OptimizerConfig, ParallelConfig
-from oprd_megatron.models import build_model, tp_divisible
+from oprd_megatron.models import build_model
 from oprd_megatron.optimizer import build_optimizer
-from oprd_megatron.parallel import build_grid, resolve_layout
-from oprd_megatron.parallel.grid import init_mcore_globals
+from oprd_megatron.parallel import resolve_layout, tp_divisible
+from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import select_platform
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
@@ -91,9 +91,8 @@ def sharded_gradients(
     alignment = build(teacher_dir, student_dir, parallel, distill, 2, teacher_parallel)
     optimizer = build_optimizer(alignment.student, OptimizerConfig(), 10, alignment.platform)
     plan = alignment.plan(samples())
-    targets, _ = alignment.exchange(plan, alignment.teacher_states(plan))
     optimizer.zero_grad()
-    report = alignment.reduce(alignment.student_pass(plan, targets, chunks=optimizer.chunks, train=True))
+    report = alignment.reduce(alignment.run(plan, chunks=optimizer.chunks, train=True))
     with alignment.platform.scope():
         optimizer.optimizer.prepare_grads()
         norm = float(optimizer.optimizer.get_grad_norm())

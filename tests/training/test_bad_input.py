@@ -208,7 +208,11 @@ LAYOUT_MISTAKES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "tp does not divide the key/value heads": ({"tp": 4}, 4, ["tp 4", "2 key/value heads", "pad_heads: true"]),
     "the product is not the ranks": ({"tp": 2, "pp": 2, "dp": 2}, 4, ["tp 2 x pp 2 x dp 2 = 8, but 4 ranks"]),
     "the ranks do not factor": ({"tp": 2}, 3, ["tp 2 x pp 1 x dp 1 = 2, but 3 ranks"]),
-    "more stages than layers": ({"pp": 6}, 6, ["pp 6 is more than the model's 5 layers", "use pp <= 5"]),
+    "more stages than layers": (
+        {"pp": 6},
+        6,
+        ["pp 6 is more than the model's 4 layers", "nearest that fit: tp 1 x pp 3 x dp 2"],
+    ),
     "the batch does not split": ({"dp": 3}, 3, ["= 8 is not a multiple", "micro_batch_size 2 x dp 3 = 6"]),
 }
 

@@ -1,0 +1,149 @@
+"""Cases of the matrix on gloo ranks, one after the other in the same processes, each checked on every rank."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from checkpoints_conversion import read_architecture, stream_hf_weights
+from oprd_megatron.models import Model, build_model
+from oprd_megatron.optimizer import build_optimizer, stream_gradients
+from oprd_megatron.parallel import GridLayout, check_ranks, resolve_layout, tp_divisible
+from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
+from oprd_megatron.platform import select_platform
+from oprd_megatron.representation.alignment import Alignment
+from oprd_megatron.representation.grids import follow_student
+from oprd_megatron.representation.layer_map import resolve_layer_pairs
+from tests.parity.cases import Case
+from tests.parity.reference import OPTIMIZER, STEPS, Reference, batches
+
+LOSS = 1e-6
+"""Relative."""
+GRADIENT = 1e-5
+"""Of the largest element of the gradient: fp32 sums in another order."""
+PARAMETER = 1e-5
+"""Absolute, after three steps of lr 1e-3."""
+
+
+def run_cases(folder: Path, cases: list[tuple[Case, str, str | None]]) -> list[str]:
+    """Run cases of one world size. Each is (case, key of its reference, bridge file). Returns what differs."""
+    problems = []
+    for number, (case, key, bridge) in enumerate(cases):
+        _fresh_world(folder, number)
+        reference = torch.load(folder / f"{key}.pt", weights_only=False)
+        problems += [f"[{case.text}] {problem}" for problem in _check(folder, case, bridge, reference)]
+    return problems
+
+
+def _fresh_world(folder: Path, number: int) -> None:
+    """Drop the process groups of the case before."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()
+    dist.destroy_process_group()
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/world_{size}_{number}", rank=rank, world_size=size, timeout=timeout
+    )
+
+
+def build_alignment(folder: Path, case: Case, bridge: str | None) -> Alignment:
+    """Both models of a case on this rank."""
+    platform, distill = select_platform("cpu"), case.distill_config(bridge)
+    directories = [folder / case.pair / name for name in ("teacher", "student")]
+    architectures = [read_architecture(path) for path in directories]
+    pairs = resolve_layer_pairs(distill, architectures[1].num_layers, architectures[0].num_layers)
+
+    def resolve(which: int, stages: tuple[int, ...] | None = None) -> GridLayout:
+        parallel = (case.teacher, case.student)[which]
+        if parallel.layers_per_stage == "follow_student":
+            parallel = parallel.model_copy(update={"layers_per_stage": None})
+        return resolve_layout(
+            parallel, name="parallel", world_size=case.world, num_layers=architectures[which].num_layers,
+            divisible=tp_divisible(architectures[which], pad_heads=False), layers_per_stage=stages,
+        )  # fmt: skip
+
+    layouts = [resolve(0), resolve(1)]
+    check_ranks(layouts[0], layouts[1], case.world)
+    if case.teacher.layers_per_stage == "follow_student":
+        from oprd_megatron.representation.batch import Planner
+
+        layouts[0] = resolve(0, follow_student(Planner(pairs, *layouts, distill, 4, 1), batches()[0]))
+    models = []
+    for which, layout in enumerate(layouts):
+        with platform.scope():
+            grid = build_grid(layout)
+            init_mcore_globals(0, grid.coords.tp if grid.is_member else 0)
+        models.append(
+            build_model(
+                architectures[which], grid, platform, dtype=torch.float32, hf_dir=directories[which], frozen=which == 0,
+                recompute=case.recompute if which == 1 else None,
+            )
+        )  # fmt: skip
+    return Alignment(*models, distill, platform, micro_batch_size=1, micro_batch_tokens=case.micro_batch_tokens)
+
+
+def _check(folder: Path, case: Case, bridge: str | None, reference: Reference) -> list[str]:
+    alignment = build_alignment(folder, case, bridge)
+    student, problems = alignment.student, []
+    optimizer = None
+    if student.grid.is_member:
+        settings = OPTIMIZER.model_copy(update={"distributed": case.distributed})
+        optimizer = build_optimizer(student, settings, STEPS, alignment.platform)
+    for step, samples in enumerate(batches()):
+        plan = alignment.plan(samples)
+        if optimizer:
+            optimizer.zero_grad()
+        report = alignment.reduce(alignment.run(plan, train=True, chunks=optimizer.chunks if optimizer else None))
+        if abs(report.loss - reference.losses[step]) > LOSS * abs(reference.losses[step]):
+            problems.append(f"loss of step {step}: {report.loss}, not {reference.losses[step]}")
+        problems += _bytes_problems(alignment, plan)
+        if step == 0 and optimizer is not None and not case.distributed:
+            gradients = {name: tensor.clone() for name, tensor in stream_gradients(student)}
+            problems += _differences("gradient", gradients, reference.gradients, relative=GRADIENT)
+        if optimizer is not None:
+            norm = optimizer.step()
+            if step == 0 and abs(norm - reference.norm) > GRADIENT * reference.norm:
+                problems.append(f"gradient norm {norm}, not {reference.norm}")
+    if student.grid.is_member:
+        problems += _differences("parameter", _parameters(student), reference.parameters, absolute=PARAMETER)
+    return problems
+
+
+def _bytes_problems(alignment: Alignment, plan) -> list[str]:  # type: ignore[no-untyped-def]
+    sent = torch.tensor([alignment.sent_bytes], dtype=torch.int64)
+    dist.all_reduce(sent)
+    planned, problems = alignment.planned_bytes(plan), []
+    if sent.item() != planned:
+        problems.append(f"{sent.item()} bytes sent, {planned} planned")
+    budget = alignment.config.spool_bytes
+    if budget is not None and alignment.peak_bytes > budget:
+        problems.append(f"{alignment.peak_bytes} bytes held, {budget} allowed")
+    return problems
+
+
+def _parameters(student: Model) -> dict[str, torch.Tensor]:
+    """Whole parameters under HF names, as every rank of the grid sees them."""
+    groups = student.grid.groups
+    stream = stream_hf_weights(student.chunks, student.architecture, student.sharding, groups.tp, groups.pp)
+    return {name: tensor.clone() for name, tensor in stream}
+
+
+def _differences(
+    what: str,
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    relative: float = 0.0,
+    absolute: float = 0.0,
+) -> list[str]:
+    problems = []
+    for name, tensor in expected.items():
+        limit = absolute + relative * tensor.abs().max().item()
+        difference = (found[name] - tensor).abs().max().item()
+        if not difference <= limit:
+            problems.append(f"rank {dist.get_rank()}: {what} {name}: {difference:.2e} > {limit:.2e}")
+    if what == "gradient":
+        problems += [f"gradient of {name}, which has none" for name in set(found) - set(expected) if found[name].any()]
+    return problems

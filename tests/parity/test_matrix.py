@@ -1,0 +1,103 @@
+"""The parity matrix: every layout equals one process, in loss, every gradient element, and parameters after three steps.
+
+A random tenth of the cases runs by default (the seed is printed when it fails; `--parity-seed N` repeats it); all of them by
+
+    bash tools/test.sh -m matrix
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from oprd_megatron.representation.layer_map import resolve_layer_pairs
+from tests.parity.cases import CASES, PAIRS, Case
+from tests.parity.on_ranks import run_cases
+from tests.parity.reference import VOCAB, reference, write_bridge
+from tests.ranks import run_ranks
+from tests.tiny_models import tiny_hf_model
+
+SAMPLE = 10
+SECONDS_A_CASE = 40
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pairs of tiny models."""
+    folder = tmp_path_factory.mktemp("parity")
+    for pair, (family, tied, teacher, student) in PAIRS.items():
+        for seed, (name, (layers, width)) in enumerate((("teacher", teacher), ("student", student)), 1):
+            tiny_hf_model(
+                family, folder / pair / name, num_layers=layers, hidden_size=width, heads=8, kv_heads=4, ffn=96,
+                vocab_size=VOCAB, std=0.1, seed=seed, tied=tied,
+            )  # fmt: skip
+    return folder
+
+
+def check(folder: Path, cases: list[Case]) -> None:
+    problems: list[str] = []
+    for world in sorted({case.world for case in cases}):
+        prepared = [(case, *prepare(folder, case)) for case in cases if case.world == world]
+        for found in run_ranks(world, run_cases, folder, prepared, timeout_seconds=60 + SECONDS_A_CASE * len(prepared)):
+            problems += [problem for problem in found if problem not in problems]
+    assert not problems, "\n".join(problems)
+
+
+def prepare(folder: Path, case: Case) -> tuple[str, str | None]:
+    """(name of the case's reference, bridge file), made if they are not there."""
+    key = f"{case.pair}_{case.distill}"
+    directories = folder / case.pair / "teacher", folder / case.pair / "student"
+    _, _, teacher, student = PAIRS[case.pair]
+    bridge = None
+    if teacher[1] != student[1]:
+        bridge = str(folder / f"{key}.safetensors")
+        pairs = resolve_layer_pairs(case.distill_config(bridge), student[0], teacher[0])
+        write_bridge(Path(bridge), pairs, teacher[1], student[1])
+    if not (folder / f"{key}.pt").exists():
+        torch.save(reference(*directories, case.distill_config(bridge)), folder / f"{key}.pt")
+    return key, bridge
+
+
+def test_a_random_part_of_the_matrix(models: Path, request: pytest.FixtureRequest) -> None:
+    """Ten cases, others each time: see `pytest --parity-seed`."""
+    seed = request.config.getoption("--parity-seed")
+    seed = random.randrange(10**6) if seed is None else seed
+    print(f"parity seed {seed}")
+    check(models, random.Random(seed).sample(CASES, SAMPLE))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("world", sorted({case.world for case in CASES}))
+def test_the_whole_matrix(models: Path, world: int) -> None:
+    """All cases of one number of ranks."""
+    check(models, [case for case in CASES if case.world == world])
+
+
+def test_the_matrix_has_what_it_should() -> None:
+    """At least 60 layouts, up to 8 ranks, with every kind of layout in it, and each line once."""
+    texts = [case.text for case in CASES]
+    assert len(set(texts)) == len(texts) >= 60
+    assert max(case.world for case in CASES) == 8
+    for kind in (
+        "@",
+        "vpp2",
+        "[",
+        "first",
+        "last",
+        "follow",
+        "sp ",
+        "cp",
+        "full",
+        "selective",
+        "pack",
+        "distributed",
+        "spool",
+        "wide",
+    ):
+        assert sum(kind in text for text in texts) >= (1 if kind in ("first", "last") else 2), kind
+    unequal = {((c.teacher.tp, c.teacher.pp), (c.student.tp, c.student.pp)) for c in CASES if c.world == 4}
+    grids = {(tp, pp) for tp in (1, 2, 4) for pp in (1, 2, 4) if tp * pp <= 4}
+    assert {(a, b) for a in grids for b in grids if a != b} <= unequal
