@@ -16,6 +16,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -31,34 +32,39 @@ TOKENS_A_SAMPLE, SAMPLES = 128, 8
 
 @dataclass(frozen=True)
 class Case:
-    """Depth and width of both models, and their layouts."""
+    """Depth and width of both models, their layouts (`tp2sp pp2`), and ranks: shared, or the teacher's before the student's."""
 
     layers: int
     width: int
-    teacher: dict[str, int]
-    student: dict[str, int]
+    teacher: str
+    student: str
+    ranks: int
+    shared: bool = True
 
-    @property
-    def ranks(self) -> int:
-        size = 1
-        for factor in self.student.values():
-            size *= factor
-        return size
+    def parallel(self, which: str) -> dict[str, Any]:
+        """`ParallelConfig` values of one model."""
+        text = self.teacher if which == "teacher" else self.student
+        keys: dict[str, Any] = {match[1]: int(match[2]) for match in re.finditer(r"(tp|cp|pp|dp)(\d+)", text)}
+        keys["sp"] = "sp" in text
+        half = self.ranks // 2
+        if not self.shared:
+            keys["ranks"] = f"0-{half - 1}" if which == "teacher" else f"{half}-{self.ranks - 1}"
+        return keys
 
     def __str__(self) -> str:
-        sides = [" ".join(f"{axis}{size}" for axis, size in side.items()) for side in (self.teacher, self.student)]
-        return f"{self.layers} layers, width {self.width}, {sides[0]} > {sides[1]}"
+        where = "" if self.shared else ", disjoint"
+        return f"{self.layers:2} layers, width {self.width}, {self.teacher} > {self.student}{where}"
 
 
-ONE = {"dp": 1}
 CASES = [
-    *(Case(layers, 256, ONE, ONE) for layers in (4, 8, 16)),
-    *(Case(4, width, ONE, ONE) for width in (128, 512)),
-    Case(8, 256, {"tp": 2}, {"pp": 2}),
-    Case(8, 256, {"pp": 2}, {"dp": 2}),
-    Case(16, 256, {"tp": 2}, {"pp": 2}),
-    Case(8, 512, {"tp": 2}, {"pp": 2}),
-    Case(8, 256, {"tp": 2, "pp": 2}, {"pp": 2, "dp": 2}),
+    *(Case(layers, 256, "dp1", "dp1", 1) for layers in (4, 8, 16)),
+    *(Case(4, width, "dp1", "dp1", 1) for width in (128, 512)),
+    *(Case(layers, 256, "tp2sp", "pp2", 2) for layers in (4, 8, 16)),
+    *(Case(4, width, "tp2sp", "pp2", 2) for width in (128, 512)),
+    Case(8, 256, "pp2", "dp2", 2),
+    Case(8, 256, "dp1", "dp1", 2, shared=False),
+    Case(8, 256, "tp2sp pp2", "pp2 dp2", 4),
+    Case(8, 256, "tp2", "pp2", 4, shared=False),
 ]
 
 
@@ -91,30 +97,32 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, float]:
 
     platform, hf_dir = select_platform("cpu"), folder / f"{case.layers}_{case.width}"
     architecture, models = read_architecture(hf_dir), []
-    for parallel, frozen in ((case.teacher, True), (case.student, False)):
+    for which, frozen in (("teacher", True), ("student", False)):
         layout = resolve_layout(
-            ParallelConfig.model_validate(parallel),
-            name="",
+            ParallelConfig.model_validate(case.parallel(which)),
+            name=which,
             world_size=case.ranks,
             num_layers=case.layers,
             divisible={},
         )
         with platform.scope():
             grid = build_grid(layout)
-            init_mcore_globals(0, grid.coords.tp)
+            init_mcore_globals(0, grid.coords.tp if grid.is_member else 0)
         models.append(build_model(architecture, grid, platform, dtype=torch.float32, hf_dir=hf_dir, frozen=frozen))
     teacher, student = models
-    optimizer = build_optimizer(student, OptimizerConfig(), 10, platform)
+    optimizer = build_optimizer(student, OptimizerConfig(), 10, platform) if student.grid.is_member else None
+    wrapped = optimizer.chunks if optimizer else None
     alignment = Alignment(teacher, student, DistillConfig(positions="all"), platform, micro_batch_size=1)
     half = tuple(range(TOKENS_A_SAMPLE // 2))
     plan = alignment.plan([Sample(half, half)] * SAMPLES)
-    (chunk,) = plan.chunks
-    fed = [micro_batches(chunk.samples, side.arrangement, model.grid)
-           for side, model in ((chunk.teacher, teacher), (chunk.student, student))]  # fmt: skip
 
     def plain() -> float:
-        run_schedule(teacher, platform, fed[0], forward_only=True)
-        run_schedule(student, platform, fed[1], forward_only=False, chunks=optimizer.chunks)
+        for chunk in plan.chunks:
+            fed = micro_batches(chunk.samples, chunk.teacher.arrangement, teacher.grid)
+            run_schedule(teacher, platform, fed, forward_only=True)
+            fed = micro_batches(chunk.samples, chunk.student.arrangement, student.grid)
+            last = chunk is plan.chunks[-1]
+            run_schedule(student, platform, fed, forward_only=False, chunks=wrapped, finalize=last)
         return 0.0
 
     def whole() -> float:
@@ -127,13 +135,14 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, float]:
             yield
             waited += time.perf_counter() - start if name == "exchange" else 0.0
 
-        alignment.run(plan, train=True, chunks=optimizer.chunks, phase=phase)
+        alignment.run(plan, train=True, chunks=wrapped, phase=phase)
         return waited
 
     seconds: dict[str, list[float]] = {"plain": [], "whole": [], "exchange": []}
     for repeat in range(repeats + 1):  # the first warms up
         for name, step in (("plain", plain), ("whole", whole)):
-            optimizer.zero_grad()
+            if optimizer:
+                optimizer.zero_grad()
             dist.barrier()
             start = time.perf_counter()
             exchanged = step()
@@ -187,7 +196,7 @@ def main(
         for case in {(case.layers, case.width): case for case in CASES}.values():
             make_models(folder, case)
         typer.echo(
-            f"{'case':44} {'added':>6} {'exchange':>8} {'sent MB':>8} {'of supervised':>13} {'of full length':>14}"
+            f"{'case':46} {'added':>6} {'exchange':>8} {'sent MB':>8} {'of supervised':>13} {'of full length':>14}"
         )
         for world in sorted({case.ranks for case in CASES}):
             cases = [case for case in CASES if case.ranks == world]
@@ -203,7 +212,7 @@ def main(
                 rows.append({**asdict(case), **result})
                 sent = result["sent_bytes"]
                 typer.echo(
-                    f"{case!s:44} {result['added']:6.1%} {result['exchange']:8.1%} {sent / 1e6:8.2f} "
+                    f"{case!s:46} {result['added']:6.1%} {result['exchange']:8.1%} {sent / 1e6:8.2f} "
                     f"{sent / result['supervised_bytes']:13.0%} {sent / result['full_length_bytes']:14.0%}"
                 )
     if out is not None:

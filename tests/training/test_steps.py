@@ -237,20 +237,46 @@ def test_a_nan_in_the_student_directory_stops_the_run(values: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student"),
-    [({"tp": 2}, {"pp": 2}), ({"pp": 2}, {"dp": 2}), ({"dp": 2}, {"tp": 2, "sp": True})],
+    ("teacher", "student", "sections"),
+    [
+        ({"tp": 2}, {"pp": 2}, {}),
+        ({"pp": 2}, {"dp": 2}, {}),
+        ({"dp": 2}, {"tp": 2, "sp": True}, {"run": {"micro_batch_tokens": 40}}),
+        ({"cp": 2}, {"pp": 2, "vpp": 2}, {"distill": {"spool_bytes": "16KiB"}}),
+        (
+            {"pp": 2, "layers_per_stage": "follow_student"},
+            {"cp": 2},
+            {"student": {"recompute": {"granularity": "full"}}},
+        ),
+        ({"tp": 2, "ranks": "0-1"}, {"dp": 2, "ranks": "2-3"}, {"optimizer": {"distributed": True}}),
+    ],
     ids=str,
 )
 def test_a_run_with_a_teacher_in_another_layout(
-    tmp_path: Path, values: dict[str, Any], teacher: dict[str, Any], student: dict[str, Any]
+    tmp_path: Path,
+    values: dict[str, Any],
+    teacher: dict[str, Any],
+    student: dict[str, Any],
+    sections: dict[str, dict[str, Any]],
 ) -> None:
     """Three steps with unequal layouts end with the student of one process, and measure the same held-out KL."""
+    values = {**values, "distill": {}}
     whole = train_run(changed(values, run={"dir": str(tmp_path / "whole")}))
-    unequal = changed(
-        with_layout(values, **student), teacher={"parallel": teacher}, run={"dir": str(tmp_path / "unequal")}
-    )
-    train_run(unequal)
+    unequal = changed(with_layout(values, teacher, student), run={"dir": str(tmp_path / "unequal")})
+    train_run(changed(unequal, **sections))
     for name, tensor in student_tensors(whole).items():
         assert (tensor - student_tensors(tmp_path / "unequal")[name]).abs().max().item() <= 1e-5, name
     found, expected = ([record["kl"] for record in train_records(run, "eval")] for run in (tmp_path / "unequal", whole))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_fp8_wire_says_what_it_lost(tmp_path: Path, values: dict[str, Any]) -> None:
+    """The run trains, its loss is near the exact wire's, and every step's record has the measured rounding error."""
+    losses = {}
+    for wire in ("fp32", "fp8"):
+        run = train_run({**changed(values, run={"dir": str(tmp_path / wire)}), "distill": {"wire": wire}, "eval": None})
+        records = train_records(run)
+        losses[wire] = records[0]["loss"]
+        assert all(("wire_error" in record) == (wire == "fp8") for record in records)
+    assert all(0.005 < record["wire_error"] < 0.04 for record in records)
+    assert losses["fp8"] == pytest.approx(losses["fp32"], rel=0.05) and losses["fp8"] != losses["fp32"]
