@@ -14,6 +14,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as machine
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -97,6 +99,7 @@ def versions(platform: Platform) -> Iterator[Finding]:
     if platform.is_cuda:
         mine["cuda"] = str(torch.version.cuda)
         mine["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        mine["driver"] = _driver()
         mine["gpu"] = torch.cuda.get_device_name()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -263,6 +266,15 @@ def _build(
         frozen=frozen,
         recompute=recompute,
     )
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0] or None
 
 
 def _version(package: str) -> str | None:

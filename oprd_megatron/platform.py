@@ -87,6 +87,10 @@ def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
+        if platform.is_cuda:
+            dist.barrier(
+                device_ids=[platform.device.index]
+            )  # NCCL connects now, with all ranks: point-to-point may not
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 

@@ -73,7 +73,11 @@ def build_grid(layout: GridLayout) -> Grid:
         dp_cp=dp_cp, tp_cp=tp_cp, tp_dp_cp=tp_dp_cp, intra_dp_cp=dp_cp, intra_dist_opt=everyone,
         expt_tp=tp, tp_ep=tp, tp_ep_pp=model, expt_dp=dp_cp, intra_expt_dp=dp_cp,
     )  # fmt: skip
-    return Grid(layout, dist.get_rank(), groups, pp_backward=_group_of(stages))
+    backward = _group_of(stages)
+    for group in (pp, backward):
+        if group is not None and group.size() > 1:
+            dist.barrier(group)  # NCCL connects at a group's first call, which all its ranks must then make
+    return Grid(layout, dist.get_rank(), groups, backward)
 
 
 def init_mcore_globals(seed: int, tp_rank: int) -> None:

@@ -88,10 +88,17 @@ def arrange(
 
 
 def _in_order(count: int, dp: int, size: int) -> list[list[tuple[int, ...]]]:
-    """[dp][micro-batch] -> sample ids, dealt in turn."""
-    step = size * dp
-    assert count % step == 0, f"{count} samples, {step} at a time"
-    return [[tuple(range(first, first + size)) for first in range(rank * size, count, step)] for rank in range(dp)]
+    """[dp][micro-batch] -> sample ids, each rank a contiguous part of the batch.
+
+    Where one model's data-parallel size is a multiple of the other's, and so its ranks a part of the other's, the samples
+    are a part of the other's too: states then stay where they are, or near.
+    """
+    assert count % (size * dp) == 0, f"{count} samples, {size * dp} at a time"
+    share = count // dp
+    return [
+        [tuple(range(first, first + size)) for first in range(rank * share, (rank + 1) * share, size)]
+        for rank in range(dp)
+    ]
 
 
 def _balanced(lengths: Sequence[int], dp: int, most: int) -> list[list[tuple[int, ...]]]:

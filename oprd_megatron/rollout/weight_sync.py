@@ -87,13 +87,12 @@ def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.
     Every data-parallel rank scores all samples; the last stage tells the others.
     """
     layout, coords, groups = model.grid.layout, model.grid.coords, model.grid.groups
-    copies = [sample for sample in samples for _ in range(layout.dp)]  # dealt in turn: every rank gets every sample
+    copies = list(samples) * layout.dp  # each data-parallel rank gets a contiguous part: all samples
     arrangement = arrange([len(sample.ids) for sample in copies], layout, micro_batch_size=1)
     finals = FinalStates(model, copies, arrangement)
     fed = micro_batches(copies, arrangement, model.grid)
     run_schedule(model, platform, fed, forward_only=True, on_output=finals.on_output)
-    counts = [len(sample.response_ids) for sample in copies]
-    scores = torch.zeros(sum(counts), device=platform.device)
+    scores = torch.zeros(sum(len(sample.response_ids) for sample in copies), device=platform.device)
     if model.grid.is_last_stage:
         chunks = zip(
             head_log_probs(finals.states(), model.head_weight, model.architecture.vocab_size, groups.tp),
@@ -106,4 +105,5 @@ def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.
             dist.all_reduce(scores, group=groups.cp)
     if layout.pp > 1:
         dist.broadcast(scores, src=dist.get_global_rank(groups.pp, layout.pp - 1), group=groups.pp)
-    return torch.cat(scores.cpu().split(counts)[coords.dp :: layout.dp])
+    share = len(scores) // layout.dp
+    return scores[coords.dp * share : (coords.dp + 1) * share].cpu()

@@ -105,10 +105,10 @@ def numbered(side: Side) -> list[Sample]:
 
 
 def test_samples_are_dealt_in_order() -> None:
-    """Micro-batches of step i come before those of step i + 1, whatever dp is: the batch order is the global order."""
+    """Each data-parallel rank has a contiguous part of the batch, so that a rank of dp 4 has a part of what one of dp 2 has."""
     found = arrange([3, 4, 5, 6, 9, 8, 7, 1], grid(1, 1, 2, (1,)), micro_batch_size=2)
-    assert [[pack.samples for pack in packs] for packs in found.packs] == [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]
-    assert [[pack.spans for pack in packs] for packs in found.packs] == [[(3, 4), (9, 8)], [(5, 6), (7, 1)]]
+    assert [[pack.samples for pack in packs] for packs in found.packs] == [[(0, 1), (2, 3)], [(4, 5), (6, 7)]]
+    assert [[pack.spans for pack in packs] for packs in found.packs] == [[(3, 4), (5, 6)], [(9, 8), (7, 1)]]
     with pytest.raises(AssertionError):
         arrange([1, 2, 3], grid(1, 1, 2, (1,)), micro_batch_size=2)
 
@@ -199,3 +199,10 @@ def test_context_parallel_ranks_share_causal_attention_evenly(case: Case) -> Non
                     keys[owner[row]] += whole[row] + 1
                 work.append((np.bincount(owner[rows]).tolist(), keys))
             assert all(share == work[0] for share in work)
+
+
+def test_nested_data_parallelism_keeps_states_in_place() -> None:
+    """A teacher of tp 4, dp 2 and a student of tp 2, dp 4 on the same ranks: a student rank's samples are its teacher rank's,
+    and as the teacher's states are replicated, nothing travels."""
+    case = Case([(2, 5)] * 8, grid(4, 1, 2, (3,)), grid(2, 1, 4, (3,)))
+    assert len(case.route.source) and case.route.total_bytes(4) == 0
