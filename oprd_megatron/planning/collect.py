@@ -55,6 +55,7 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
         layouts = grids.resolve_grids(config, teacher, student, world_size, width)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     planner = grids.planner(config, pairs, teacher, *layouts, width)
+    grids.check_budget(planner, config)
     plan = planner.plan(grids.longest_samples(config))
     wire = Wire(wire_name(config.distill, config.teacher.dtype), width)
     vocab_size = max(teacher.vocab_size, student.vocab_size)

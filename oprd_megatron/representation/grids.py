@@ -32,7 +32,8 @@ def resolve_grids(
         _check_batch(config, layout)
     if config.teacher.parallel.layers_per_stage == "follow_student":
         pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
-        even = teacher_layout
+        config = config.model_copy(update={"distill": config.distill.model_copy(update={"spool_bytes": None})})
+        even = teacher_layout  # planned without the budget, which these stages may not fit
         stages = follow_student(planner(config, pairs, teacher, even, student_layout, width), longest_samples(config))
         teacher_layout = _resolve(config, "teacher", teacher, world_size, stages)
         before, after = (
