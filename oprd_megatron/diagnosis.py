@@ -24,20 +24,18 @@ import torch
 import torch.distributed as dist
 import typer
 
-from checkpoints_conversion import Architecture
 from oprd_megatron.config import RunConfig
-from oprd_megatron.config.schema import ModelConfig, StudentConfig
 from oprd_megatron.errors import LayoutError
-from oprd_megatron.models import DTYPES, Model, build_model
+from oprd_megatron.models import Model
 from oprd_megatron.models.spec import has_transformer_engine
 from oprd_megatron.optimizer import build_optimizer, stream_gradients
 from oprd_megatron.parallel import GridLayout, resolve_layout, tp_divisible
-from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
+from oprd_megatron.trainer import place_model
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 16, 16
 """Of each sample of the checks."""
@@ -84,7 +82,9 @@ def findings(checked: Checked, platform: Platform) -> Iterator[Finding]:
         "config", "pass", f"{world} ranks; teacher {checked.teacher_layout}, student {checked.student_layout}"
     )
     samples = few_samples(checked)
-    teacher = _build(checked, checked.config.teacher, checked.teacher, checked.teacher_layout, platform, frozen=True)
+    teacher = place_model(
+        checked, checked.config.teacher, checked.teacher, checked.teacher_layout, platform, frozen=True
+    )
     alignment, gradients = _gradients(checked, teacher, checked.student_layout, samples, platform)
     yield _bytes(alignment, samples)
     yield _gradient(checked, teacher, alignment, gradients, samples, platform)
@@ -185,8 +185,8 @@ def _self_teaching(checked: Checked, samples: list[Sample], platform: Platform) 
     except LayoutError as error:
         return Finding("student = teacher", "skip", f"the student does not fit the teacher's layout ({error})")
     section = config.student.model_copy(update={"dtype": config.teacher.dtype})
-    copy = _build(checked, section, checked.student, layout, platform, frozen=True)
-    student = _build(checked, section, checked.student, checked.student_layout, platform, frozen=True)
+    copy = place_model(checked, section, checked.student, layout, platform, frozen=True)
+    student = place_model(checked, section, checked.student, checked.student_layout, platform, frozen=True)
     distill = config.distill.model_copy(update={"bridge": None, "layer_map": "proportional", "wire": "auto"})
     alignment = Alignment(copy, student, distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens)
     report = alignment.reduce(alignment.run(alignment.plan(samples), train=False))
@@ -231,7 +231,7 @@ def _gradients(
 ) -> tuple[Alignment, float]:
     """An alignment whose student, built in `layout`, holds the gradients of the samples; and the loss."""
     config = checked.config
-    student = _build(checked, config.student, checked.student, layout, platform, frozen=False)
+    student = place_model(checked, config.student, checked.student, layout, platform, frozen=False)
     alignment = Alignment(
         teacher, student, config.distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens
     )
@@ -243,29 +243,6 @@ def _gradients(
         chunks = optimizer.chunks
     report = alignment.reduce(alignment.run(alignment.plan(samples), train=True, chunks=chunks))
     return alignment, report.loss
-
-
-def _build(
-    checked: Checked,
-    section: ModelConfig,
-    architecture: Architecture,
-    layout: GridLayout,
-    platform: Platform,
-    frozen: bool,
-) -> Model:
-    with platform.scope():
-        grid = build_grid(layout)
-        init_mcore_globals(checked.config.run.seed, grid.coords.tp if grid.is_member else 0)
-    recompute = section.recompute if isinstance(section, StudentConfig) else None
-    return build_model(
-        architecture,
-        grid,
-        platform,
-        dtype=DTYPES[section.dtype],
-        hf_dir=section.path,
-        frozen=frozen,
-        recompute=recompute,
-    )
 
 
 def _driver() -> str | None:

@@ -37,26 +37,35 @@ from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_prob
 
 def build_models(checked: Checked, platform: Platform) -> tuple[Model, Model]:
     """Teacher (frozen) and student on their grids, weights loaded. Collective."""
-    config, vocab_size = checked.config, max(checked.teacher.vocab_size, checked.student.vocab_size)
+    config = checked.config
+    teacher = place_model(checked, config.teacher, checked.teacher, checked.teacher_layout, platform, frozen=True)
+    return teacher, place_model(
+        checked, config.student, checked.student, checked.student_layout, platform, frozen=False
+    )
 
-    def build(section: ModelConfig, architecture: Architecture, layout: GridLayout, frozen: bool) -> Model:
-        with platform.scope():
-            grid = build_grid(layout)
-            init_mcore_globals(config.run.seed, grid.coords.tp if grid.is_member else 0)
-        dtype = DTYPES[section.dtype]
-        return build_model(
-            architecture,
-            grid,
-            platform,
-            dtype=dtype,
-            hf_dir=section.path,
-            frozen=frozen,
-            vocab_size=vocab_size,
-            recompute=section.recompute if isinstance(section, StudentConfig) else None,
-        )
 
-    teacher = build(config.teacher, checked.teacher, checked.teacher_layout, frozen=True)
-    return teacher, build(config.student, checked.student, checked.student_layout, frozen=False)
+def place_model(
+    checked: Checked,
+    section: ModelConfig,
+    architecture: Architecture,
+    layout: GridLayout,
+    platform: Platform,
+    frozen: bool,
+) -> Model:
+    """One model of a run on a grid of its own. Collective. Vocabularies are padded alike, whichever model it is."""
+    with platform.scope():
+        grid = build_grid(layout)
+        init_mcore_globals(checked.config.run.seed, grid.coords.tp if grid.is_member else 0)
+    return build_model(
+        architecture,
+        grid,
+        platform,
+        dtype=DTYPES[section.dtype],
+        hf_dir=section.path,
+        frozen=frozen,
+        vocab_size=max(checked.teacher.vocab_size, checked.student.vocab_size),
+        recompute=section.recompute if isinstance(section, StudentConfig) else None,
+    )
 
 
 @dataclass
