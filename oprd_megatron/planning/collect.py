@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,6 +134,9 @@ def _batch(config: RunConfig, plan: BatchPlan) -> Batch:
 
 def _traffic(plan: BatchPlan, wire: Wire, gpus_per_node: int) -> Traffic:
     routes = [chunk.route for chunk in plan.chunks]
+    links: Counter[tuple[int, int]] = Counter()
+    for route in routes:
+        links.update(route.bytes_by_link(wire.state_bytes))
     source, destination, teacher_stage, student_stage, states = (
         np.concatenate([getattr(route, name) for route in routes])
         for name in ("source", "destination", "teacher_stage", "student_stage", "num_states")
@@ -153,20 +157,10 @@ def _traffic(plan: BatchPlan, wire: Wire, gpus_per_node: int) -> Traffic:
         same_node_bytes=int(states[near].sum()) * wire.state_bytes,
         between_nodes_bytes=int(states[moved & ~near].sum()) * wire.state_bytes,
         num_messages=int(moved.sum()),
-        links=_links(source[moved], destination[moved], states[moved] * wire.state_bytes),
+        links=[(*pair, size) for pair, size in links.most_common()],
         most_sent=_most(source[moved], states[moved] * wire.state_bytes),
         most_received=_most(destination[moved], states[moved] * wire.state_bytes),
     )
-
-
-def _links(source: np.ndarray, destination: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int, int]]:
-    """[source, destination, bytes] of every pair, busiest first."""
-    base = int(destination.max(initial=0)) + 1
-    pairs, index = np.unique(source * base + destination, return_inverse=True)
-    totals = np.zeros(len(pairs), dtype=np.int64)
-    np.add.at(totals, index, sizes)
-    order = np.argsort(-totals, kind="stable")
-    return [(int(pairs[k]) // base, int(pairs[k]) % base, int(totals[k])) for k in order]
 
 
 def _most(ranks: np.ndarray, sizes: np.ndarray) -> tuple[int, int] | None:

@@ -108,11 +108,12 @@ class Route:
     def bytes_by_link(self, state_bytes: int) -> dict[tuple[int, int], int]:
         """{(source, destination): bytes} for states of `state_bytes` each; what stays on its rank moves none."""
         moved = self.source != self.destination
-        links = np.stack([self.source[moved], self.destination[moved]], axis=1)
-        pairs, index = np.unique(links, axis=0, return_inverse=True)
-        totals = np.bincount(index.reshape(-1), weights=self.num_states[moved], minlength=len(pairs))
+        base = int(self.destination.max(initial=0)) + 1
+        pairs, index = np.unique(self.source[moved] * base + self.destination[moved], return_inverse=True)
+        totals = np.bincount(index, weights=self.num_states[moved], minlength=len(pairs))
         return {
-            (int(a), int(b)): int(total) * state_bytes for (a, b), total in zip(pairs, totals.tolist(), strict=True)
+            divmod(pair, base): int(total) * state_bytes
+            for pair, total in zip(pairs.tolist(), totals.tolist(), strict=True)
         }
 
     def total_bytes(self, state_bytes: int) -> int:
