@@ -1,4 +1,4 @@
-"""What a dense decoder is (`Architecture`) and how its weights are cut (`Sharding`). No torch here.
+"""What a decoder is (`Architecture`) and how its weights are cut (`Sharding`). No torch here.
 
 `Architecture` is the part of a Hugging Face `config.json` that decides the maths, under one set of names for every
 family. `Sharding` says which slice of it one tensor-parallel rank holds, including the two paddings Megatron needs:
@@ -10,6 +10,7 @@ family. `Sharding` says which slice of it one tensor-parallel rank holds, includ
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from oprd_megatron.errors import LayoutError
 
@@ -28,8 +29,39 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True)
+class LongRope:
+    """Phi-3's stretching (`rope_type: longrope`): each rotary frequency is divided by a factor of its own, from one list up
+    to the original length and from another beyond it; sines and cosines are multiplied by `attention_factor`."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """All rotary frequencies divided by one factor (`rope_type: linear`)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that stands in every layer in place of the MLP."""
+
+    num_experts: int
+    top_k: int
+    """Experts that a token goes to."""
+    ffn_hidden_size: int
+    """Of one expert."""
+    normalised: bool
+    """Whether the weights of a token's experts are scaled to sum to one."""
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """The maths of one dense decoder-only model, read from its `config.json` by `read_architecture`."""
+    """The maths of one decoder-only model, read from its `config.json` by `read_architecture`."""
 
     family: str
     """`model_type` of the Hugging Face config: a key of `checkpoints_conversion.families.FAMILIES`."""
@@ -44,10 +76,27 @@ class Architecture:
     max_position_embeddings: int
     norm_epsilon: float
     rotary_base: float
-    rope_scaling: Llama3Rope | None
+    rope_scaling: Llama3Rope | LongRope | LinearRope | None
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    rotary_fraction: float = 1.0
+    """Part of every head that is rotated, its first dimensions (Phi-4-mini)."""
+    attention_windows: tuple[int | None, ...] = ()
+    """For each layer, how many positions a query sees, its own included; None for all. Empty: all layers see all."""
+    local_rotary_base: float | None = None
+    """Rotary base of the layers with a window, without scaling, where it is another (Gemma 3)."""
+    attention_scale: float | None = None
+    """Factor on the attention scores; None for 1 / sqrt(head_dim)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gate of the MLP."""
+    zero_centred_norm: bool = False
+    """A norm multiplies by 1 + weight (Gemma)."""
+    sandwich_norm: bool = False
+    """Attention's and MLP's outputs are normed too, before they are added to the residual (Gemma)."""
+    embedding_scale: float = 1.0
+    """Factor on the embedded tokens, rounded to the model's dtype (Gemma)."""
+    experts: Experts | None = None
 
     @property
     def heads_per_group(self) -> int:

@@ -68,11 +68,11 @@ def load_hf_weights(
     sharding.check(arch)
     table = mappings_for(arch)
     with HFReader(hf_dir) as reader:
-        check_tensors(reader, arch)
+        check_tensors(reader, arch, reader.hf_dir)
         for name, parameter in canonical_parameters(model_chunks).items():
             assert name in table, f"no mapping for parameter {name} of a {arch.family} model"
             _check_shape(parameter, table[name], sharding)
-            parameter.copy_(table[name].to_megatron(reader.read, sharding))
+            table[name].load(parameter, reader.read, sharding)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def _agree_on_owners(
 
 def _gather(shard: Tensor, mapping: Mapping, tp_group: dist.ProcessGroup | None) -> list[Tensor]:
     """The shards of all tensor-parallel ranks in order; only this one if all are the same."""
-    if _size(tp_group) == 1 or not mapping.tp_sharded:
+    if _size(tp_group) == 1 or mapping.split_dim is None:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(_size(tp_group))]
     dist.all_gather(shards, shard, group=tp_group)

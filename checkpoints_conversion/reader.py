@@ -1,27 +1,31 @@
-"""Reading a Hugging Face directory: every check before the first byte of a weight, then slices on demand.
+"""Reading a Hugging Face directory: every check before the first byte of a weight, then rows on demand.
 
 `check_model` answers "can this directory be loaded?" from config.json and the safetensors headers alone, in seconds for
-any size of model. `HFReader.read` then reads one slice of one tensor, so a rank touches only what it holds.
+any size of model. `HFReader` then reads rectangles of tensors, so a rank touches only what it holds.
 """
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from checkpoints_conversion.architecture import Architecture
+from checkpoints_conversion.dtypes import TORCH_NAMES, WEIGHT_DTYPES
 from checkpoints_conversion.families import mappings_for, read_architecture
+from checkpoints_conversion.safetensors_file import SafetensorsFile
+from checkpoints_conversion.source import TensorSource
 from oprd_megatron.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 
-class HFReader:
+class HFReader(TensorSource):
     """The tensors of one Hugging Face directory, by name. Use as a context manager: it keeps the files open."""
 
     def __init__(self, hf_dir: str | Path) -> None:
@@ -31,23 +35,28 @@ class HFReader:
             CheckpointError: the directory, the weights or a file named by the index is missing, unfinished or broken.
         """
         self.hf_dir = Path(hf_dir)
-        self._file_of: dict[str, Path] = {}
-        self._handles: dict[Path, Any] = {}
-        for path, expected_names in _weight_files(self.hf_dir).items():
-            handle = _open(path)
-            self._handles[path] = handle
-            names = set(handle.keys())
-            absent = sorted(expected_names - names)
-            if absent:
+        self._file_of: dict[str, SafetensorsFile] = {}
+        self._files: list[SafetensorsFile] = []
+        try:
+            for path, expected_names in _weight_files(self.hf_dir).items():
+                self._add(SafetensorsFile(path), expected_names)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, file: SafetensorsFile, expected_names: set[str]) -> None:
+        self._files.append(file)
+        absent = sorted(expected_names - file.tensors.keys())
+        if absent:
+            raise CheckpointError(
+                f"{file.path}: {INDEX_FILE} places {absent[0]} here, but it is not; download both again"
+            )
+        for name in file.tensors:
+            if name in self._file_of:
                 raise CheckpointError(
-                    f"{path}: {INDEX_FILE} places {absent[0]} here, but it is not; download both again"
+                    f"{file.path}: {name} is in {self._file_of[name].path.name} as well; delete the stale file"
                 )
-            for name in names:
-                if name in self._file_of:
-                    raise CheckpointError(
-                        f"{path}: {name} is in {self._file_of[name].name} as well; delete the stale file"
-                    )
-                self._file_of[name] = path
+            self._file_of[name] = file
 
     def __enter__(self) -> Self:
         return self
@@ -59,32 +68,51 @@ class HFReader:
 
     def close(self) -> None:
         """Let go of the files; the reader cannot read afterwards."""
-        self._handles.clear()
+        for file in self._files:
+            file.close()
 
     @property
     def names(self) -> frozenset[str]:
         """Names of all tensors in the directory."""
         return frozenset(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """All weight files."""
+        return [file.path for file in self._files]
+
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._file_of[name]
+        return self._file_of[name].path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._file_of[name].tensors[name].shape
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor as safetensors spells it ("BF16"), from the header."""
-        return self._slice(name).get_dtype()
+        return self._file_of[name].tensors[name].dtype
 
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """`start:stop` of a tensor along `dim` (0 or 1), on the CPU in the file's dtype; an empty range is allowed."""
-        index = (slice(None),) * dim + (slice(start, stop),)
-        return self._slice(name)[index]
+    def read_into(self, name: str, row: int, rows: int, columns: tuple[int, int] | None, out: memoryview) -> None:
+        """See `TensorSource`."""
+        self._file_of[name].read_into(name, row, rows, columns, out)
 
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
+    def read(self, name: str, row: int, rows: int, columns: tuple[int, int] | None = None) -> Tensor:
+        """Rows `row:row + rows` of a tensor, or some of their columns, on the CPU in the file's dtype."""
+        return read_rows(self, name, row, rows, columns)
+
+
+def read_rows(source: TensorSource, name: str, row: int, rows: int, columns: tuple[int, int] | None = None) -> Tensor:
+    """A rectangle of a source's tensor as a torch tensor, in the source's dtype."""
+    import torch
+
+    trailing = source.shape(name)[1:] if columns is None else (columns[1] - columns[0],)
+    dtype = source.dtype(name)
+    found = torch.empty((rows, *trailing), dtype=getattr(torch, TORCH_NAMES[dtype]))
+    if found.numel():
+        data = found.view(torch.uint8) if found.dim() else found
+        source.read_into(name, row, rows, columns, memoryview(data.numpy().data).cast("B"))
+    return found
 
 
 def check_model(hf_dir: str | Path) -> Architecture:
@@ -95,11 +123,11 @@ def check_model(hf_dir: str | Path) -> Architecture:
     """
     arch = read_architecture(hf_dir)
     with HFReader(hf_dir) as reader:
-        check_tensors(reader, arch)
+        check_tensors(reader, arch, reader.hf_dir)
     return arch
 
 
-def check_tensors(reader: HFReader, arch: Architecture) -> None:
+def check_tensors(reader: TensorSource, arch: Architecture, where: Path) -> None:
     """Compare names, shapes and dtypes in the files with what the family's table expects.
 
     Raises:
@@ -111,9 +139,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
 
     missing = [name for name in expected if name not in reader.names]
     if missing:
-        raise CheckpointError(
-            f"{reader.hf_dir}: {len(missing)} tensors are missing, first {missing[0]}; download it again"
-        )
+        raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}; download it again")
     unexpected = sorted(name for name in reader.names - expected.keys() if not _is_ignored(name))
     if unexpected:
         name = unexpected[0]
@@ -127,7 +153,7 @@ def check_tensors(reader: HFReader, arch: Architecture) -> None:
                 f"{reader.file_of(name)}: {name} is {list(reader.shape(name))}, but config.json implies {list(shape)}; "
                 "check that config.json belongs to these weights"
             )
-        if reader.dtype(name) not in _WEIGHT_DTYPES:
+        if reader.dtype(name) not in WEIGHT_DTYPES:
             raise CheckpointError(
                 f"{reader.file_of(name)}: {name} is {reader.dtype(name)}; quantized weights are not supported, "
                 "use a float32, float16 or bfloat16 model"
@@ -153,6 +179,7 @@ def _weight_files(hf_dir: Path) -> dict[Path, set[str]]:
     if unfinished:
         raise CheckpointError(f"{unfinished[0]}: an unfinished download; finish it, or delete the file if it is stale")
     if (hf_dir / SINGLE_FILE).is_file():
+        refuse_foreign_file(hf_dir / SINGLE_FILE, hf_dir)
         return {hf_dir / SINGLE_FILE: set()}
     if not (hf_dir / INDEX_FILE).is_file():
         raise _no_weights(hf_dir)
@@ -163,7 +190,20 @@ def _weight_files(hf_dir: Path) -> dict[Path, set[str]]:
     absent = sorted(path for path in files if not path.is_file())
     if absent:
         raise CheckpointError(f"{absent[0]}: missing ({len(absent)} of {len(files)} shards are); finish the download")
+    for path in files:
+        refuse_foreign_file(path, hf_dir)
     return files
+
+
+def refuse_foreign_file(path: Path, directory: Path) -> None:
+    """Only files of the model directory are read. In a Hugging Face cache a snapshot's files are links to `blobs` beside it.
+
+    Raises:
+        CheckpointError: the file lies elsewhere, through a symbolic link or a name with `..` in it.
+    """
+    home, cache = directory.resolve(), directory.resolve().parent.parent / "blobs"
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (home, cache)):
+        raise CheckpointError(f"{path}: leads out of its directory, to {path.resolve()}; copy the file in")
 
 
 def _no_weights(hf_dir: Path) -> CheckpointError:
@@ -184,12 +224,3 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map is not an object of file names; download it again")
     return weight_map
-
-
-def _open(path: Path) -> Any:
-    """Open one safetensors file; its header is checked against the size of the file."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: truncated or damaged safetensors file ({reason}); download it again") from error

@@ -89,6 +89,7 @@ HARMLESS_KEYS = frozenset(
 )
 
 LayerTable = Callable[[Architecture], tuple[m.Mapping, ...]]
+Extend = Callable[[Architecture, dict[str, Any], Path], Architecture]
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class Family:
     default_head_dim: int | None
     """What transformers takes when `head_dim` is absent; None: hidden_size / num_attention_heads."""
     layer_table: LayerTable
+    read_keys: frozenset[str] = frozenset()
+    """In addition to `READ_KEYS`: what `extend` reads. A key that is here may have other values than its `FIXED_VALUES`."""
+    extend: Extend = lambda arch, config, path: arch
+    """Adds to the architecture what only this family's config says."""
+    default_tied: bool = False
+    """What transformers takes when `tie_word_embeddings` is absent."""
 
     def translate(self, config: dict[str, Any], path: Path) -> Architecture:
         """Read a parsed config.json.
@@ -127,9 +134,10 @@ class Family:
             )
         hidden_size = read_size(config, "hidden_size", path)
         num_layers = read_size(config, "num_hidden_layers", path)
-        _check_layer_types(config, num_layers, path)
+        if "layer_types" not in self.read_keys:
+            _check_layer_types(config, num_layers, path)
         rotary_base, rope_scaling = read_rope(config, path)
-        return Architecture(
+        arch = Architecture(
             family=self.model_type,
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -142,10 +150,11 @@ class Family:
             norm_epsilon=read_number(config, "rms_norm_eps", path),
             rotary_base=rotary_base,
             rope_scaling=rope_scaling,
-            tie_word_embeddings=read_flag(config, "tie_word_embeddings", path),
+            tie_word_embeddings=read_flag(config, "tie_word_embeddings", path, self.default_tied),
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
         )
+        return self.extend(arch, config, path)
 
     def mappings(self, arch: Architecture) -> dict[str, m.Mapping]:
         """The table of the whole model by Megatron name, in the order it is streamed: embedding, layers, head."""
@@ -160,8 +169,10 @@ class Family:
             raise CheckpointError(
                 f"{path}: architectures is {classes}; only {[self.hf_class]} is supported for this type"
             )
-        fixed = {**FIXED_VALUES, **self.fixed_values}
-        known = READ_KEYS | HARMLESS_KEYS | self.harmless_keys
+        fixed = {key: value for key, value in FIXED_VALUES.items() if key not in self.read_keys} | dict(
+            self.fixed_values
+        )
+        known = READ_KEYS | HARMLESS_KEYS | self.harmless_keys | self.read_keys
         for key, value in config.items():
             if key in fixed:
                 if value != fixed[key]:

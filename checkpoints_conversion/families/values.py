@@ -26,9 +26,9 @@ def read_number(config: dict[str, Any], key: str, path: Path, where: str = "") -
     return float(value)
 
 
-def read_flag(config: dict[str, Any], key: str, path: Path) -> bool:
-    """A boolean that all supported families take as false when it is absent."""
-    value = config.get(key, False)
+def read_flag(config: dict[str, Any], key: str, path: Path, default: bool = False) -> bool:
+    """A boolean; `default` if the key is absent."""
+    value = config.get(key, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: {key} must be true or false, not {value!r}")
     return value

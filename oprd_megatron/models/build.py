@@ -25,8 +25,9 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from checkpoints_conversion import Architecture, Sharding, load_hf_weights
+from checkpoints_conversion import Architecture, Sharding
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE, Llama3Rope
+from checkpoints_conversion.live import load_hf_weights
 from oprd_megatron.config.schema import RecomputeConfig
 from oprd_megatron.models.spec import block_spec, has_transformer_engine
 from oprd_megatron.parallel import Coords, GridLayout
@@ -118,7 +119,7 @@ def build_model(
                 pg_collection=grid.groups,
                 vp_stage=number if layout.vpp > 1 else None,
             ).to(platform.device)
-            if architecture.rope_scaling is not None:
+            if isinstance(architecture.rope_scaling, Llama3Rope):
                 _scale_rope(chunk, architecture.rope_scaling)
             _mark_sharded_parameters(chunk)
             chunks.append(chunk)

@@ -148,5 +148,6 @@ def teacher_head(teacher: Model, student: Model) -> torch.Tensor | None:
         return teacher.head_weight
     mapping = mappings_for(teacher.architecture)["output_layer.weight"]
     with HFReader(teacher.source) as reader:
-        rows = mapping.to_megatron(reader.read, student.sharding)
-    return rows.to(student.head_weight.device, teacher.config.params_dtype)
+        rows = torch.empty(mapping.megatron_shape(student.sharding), dtype=teacher.config.params_dtype)
+        mapping.load(rows, reader.read, student.sharding)
+    return rows.to(student.head_weight.device)

@@ -64,4 +64,4 @@ def _tensors(hf_dir: Path, architecture: Architecture) -> Iterator[tuple[str, to
     with HFReader(hf_dir) as reader:
         for mapping in mappings_for(architecture).values():
             for name, shape in mapping.hf_shapes.items() if mapping.exported else ():
-                yield name, reader.read(name, 0, 0, shape[0])
+                yield name, reader.read(name, 0, shape[0])

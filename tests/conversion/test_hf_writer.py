@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoints_conversion import check_model, write_hf_directory
+from checkpoints_conversion import check_model
+from checkpoints_conversion.writer import write_hf_directory
 from oprd_megatron.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -10,15 +10,9 @@ from conversion_models import FAMILIES, FakeGPT, write_tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoints_conversion import (
-    Architecture,
-    Sharding,
-    canonical_parameters,
-    check_model,
-    export_hf,
-    load_hf_weights,
-    stream_hf_weights,
-)
+from checkpoints_conversion import Architecture, Sharding, check_model
+from checkpoints_conversion.export import export_hf
+from checkpoints_conversion.live import canonical_parameters, load_hf_weights, stream_hf_weights
 from oprd_megatron.errors import CheckpointError, LayoutError
 from tests.ranks import run_ranks
 

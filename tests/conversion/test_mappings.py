@@ -1,6 +1,5 @@
 """The mappings: hand-written layouts first, then round trips over arbitrary sizes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,12 @@ from checkpoints_conversion import Architecture, Sharding
 from checkpoints_conversion.mappings import (
     QKV,
     AttentionOutput,
+    Columns,
+    FusedGatedMLP,
+    FusedQKV,
     GatedMLP,
     Mapping,
+    ReadRows,
     Replicated,
     RowParallel,
     VocabParallel,
@@ -22,12 +25,16 @@ from checkpoints_conversion.mappings import (
 from oprd_megatron.errors import LayoutError
 
 
-def reader_of(tensors: dict[str, Tensor]) -> Callable[[str, int, int, int], Tensor]:
+def reader_of(tensors: dict[str, Tensor]) -> ReadRows:
     """`read` over tensors in memory; refuses ranges outside the tensor."""
 
-    def read(name: str, dim: int, start: int, stop: int) -> Tensor:
-        assert 0 <= start <= stop <= tensors[name].shape[dim]
-        return tensors[name].narrow(dim, start, stop - start)
+    def read(name: str, row: int, rows: int, columns: Columns) -> Tensor:
+        assert row >= 0 and rows > 0 and row + rows <= tensors[name].shape[0]
+        found = tensors[name][row : row + rows]
+        if columns is None:
+            return found
+        assert 0 <= columns[0] < columns[1] <= found.shape[1]
+        return found[:, columns[0] : columns[1]]
 
     return read
 
@@ -45,7 +52,12 @@ def random_hf_tensors(mapping: Mapping) -> dict[str, Tensor]:
 def all_shards(mapping: Mapping, tensors: dict[str, Tensor], sharding: Sharding) -> list[Tensor]:
     """What every tensor-parallel rank loads."""
     ranks = [replace(sharding, tp_rank=rank) for rank in range(sharding.tp_size)]
-    return [mapping.to_megatron(reader_of(tensors), rank) for rank in ranks]
+    dtype = next(iter(tensors.values())).dtype
+    shards = []
+    for rank in ranks:
+        shards.append(torch.full(mapping.megatron_shape(rank), -1, dtype=dtype))
+        mapping.load(shards[-1], reader_of(tensors), rank)
+    return shards
 
 
 def labels(tensor: Tensor) -> list[int]:
@@ -72,6 +84,18 @@ def test_qkv_padding_by_hand() -> None:
     tensors = {"q": torch.tensor([1, 2]), "k": torch.tensor([3, 4]), "v": torch.tensor([5, 6])}
     shards = all_shards(mapping, tensors, Sharding(0, 2, 2, 1))
     assert [labels(shard) for shard in shards] == [[1, 2, 3, 4, 5, 6], [0] * 6]
+
+
+def test_fused_sources_by_hand() -> None:
+    """Phi-3's qkv_proj is all queries, all keys, all values; its gate_up_proj all gates, then all ups."""
+    qkv = FusedQKV("qkv", ("qkv",), num_query_groups=2, heads_per_group=2, head_dim=1, columns=1)
+    tensors = {"qkv": torch.tensor([[10], [11], [12], [13], [20], [21], [30], [31]])}
+    shards = all_shards(qkv, tensors, Sharding(0, 2, 2, 1))
+    assert [labels(shard) for shard in shards] == [[10, 11, 20, 30], [12, 13, 21, 31]]
+    mlp = FusedGatedMLP("fc1", ("gate_up",), (4, 1))
+    tensors = {"gate_up": torch.tensor([[1], [2], [3], [4], [5], [6], [7], [8]])}
+    shards = all_shards(mlp, tensors, Sharding(0, 2, 1, 1))
+    assert [labels(shard) for shard in shards] == [[1, 2, 5, 6], [3, 4, 7, 8]]
 
 
 def test_attention_output_padding_by_hand() -> None:
@@ -128,7 +152,11 @@ def layouts(draw: st.DrawFn) -> tuple[Mapping, Sharding]:
                 QKV("qkv", ("q", "k", "v"), groups, heads_per_group, head_dim, width),
                 QKV("qkv_bias", ("q", "k", "v"), groups, heads_per_group, head_dim, None),
                 AttentionOutput("proj", ("o",), (width, groups * group_width), group_width),
+                FusedQKV("qkv", ("qkv",), groups, heads_per_group, head_dim, width),
+                FusedQKV("qkv_bias", ("qkv",), groups, heads_per_group, head_dim, None),
                 GatedMLP("fc1", ("gate", "up"), (ffn, width)),
+                FusedGatedMLP("fc1", ("gate_up",), (ffn, width)),
+                Replicated("router", ("r",), (ffn, width)),
                 RowParallel("fc2", ("down",), (width, ffn)),
                 VocabParallel("embedding", ("e",), (vocab, width)),
             ]
@@ -145,7 +173,7 @@ def test_round_trip_is_exact(layout: tuple[Mapping, Sharding]) -> None:
     tensors = random_hf_tensors(mapping)
     shards = all_shards(mapping, tensors, sharding)
     assert all(tuple(shard.shape) == mapping.megatron_shape(sharding) for shard in shards)
-    back = mapping.to_hf(shards if mapping.tp_sharded else shards[:1], sharding)
+    back = mapping.to_hf(shards if mapping.split_dim is not None else shards[:1], sharding)
     assert back.keys() == tensors.keys() == set(mapping.hf_names)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -157,7 +185,7 @@ def test_padding_is_zero(layout: tuple[Mapping, Sharding]) -> None:
     mapping, sharding = layout
     tensors = random_hf_tensors(mapping)
     shards = all_shards(mapping, tensors, sharding)
-    held = sum(int(shard.count_nonzero()) for shard in (shards if mapping.tp_sharded else shards[:1]))
+    held = sum(int(shard.count_nonzero()) for shard in (shards if mapping.split_dim is not None else shards[:1]))
     assert held == sum(tensor.numel() for tensor in tensors.values())
 
 
