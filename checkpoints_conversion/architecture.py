@@ -68,6 +68,7 @@ class Architecture:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of a layer's MLP, or of one expert."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int

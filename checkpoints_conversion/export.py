@@ -24,10 +24,12 @@ def export_hf(
     max_shard_bytes: int = 5 * 2**30,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    ep_group: dist.ProcessGroup | None = None,
+    expert_tp_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a live model as a Hugging Face directory from one rank.
 
-    COLLECTIVE over one tensor x pipeline grid; there is no barrier at the end, so other ranks may return before the
+    COLLECTIVE over one tensor x expert x pipeline grid; there is no barrier at the end, so other ranks may return before the
     directory is in place. If writing fails the writer keeps taking its part in the collectives and raises at the end:
     no rank hangs, and the caller tells the others.
 
@@ -43,12 +45,14 @@ def export_hf(
         max_shard_bytes: largest file.
         dtype: cast to this while writing.
         overwrite: replace `out_dir`.
+        ep_group: expert-parallel group; None for a group of one.
+        expert_tp_group: tensor-parallel group of the experts; None: they are cut like everything else.
 
     Raises:
         CheckpointError: on the writer, what `write_hf_directory` refuses.
         LayoutError: the sharding does not fit the architecture.
     """
-    stream = stream_hf_weights(model_chunks, arch, sharding, tp_group, pp_group)
+    stream = stream_hf_weights(model_chunks, arch, sharding, tp_group, pp_group, ep_group, expert_tp_group)
     try:
         if is_writer:
             write_hf_directory(stream, source_hf_dir, out_dir, max_shard_bytes, dtype, overwrite)

@@ -134,14 +134,19 @@ class Mapping(ABC):
                     inside = replace(inside, columns=(start, min(stop, real)))
                 yield inside
 
-    def load(self, parameter: Tensor, read: ReadRows, sharding: Sharding) -> None:
-        """Fill a rank's shard [`megatron_shape`] in place, in its own dtype, reading only what it holds."""
+    def load(self, parameter: Tensor, read: ReadRows, sharding: Sharding, only: str | None = None) -> None:
+        """Fill a rank's shard [`megatron_shape`] in place, in its own dtype, reading only what it holds.
+
+        Args:
+            only: fill what comes from this Hugging Face tensor; padding is filled with the first one.
+        """
         copies = self.shard_copies(sharding)
         filled = sum(copy.rows * _width(copy, parameter) for copy in copies)
-        if filled < parameter.numel():
+        if filled < parameter.numel() and only in (None, self.hf_names[0]):
             parameter.zero_()
         for copy in copies:
-            _rectangle(parameter, copy).copy_(read(copy.hf_name, copy.hf_row, copy.rows, copy.columns))
+            if only in (None, copy.hf_name):
+                _rectangle(parameter, copy).copy_(read(copy.hf_name, copy.hf_row, copy.rows, copy.columns))
 
     def to_hf(self, shards: Sequence[Tensor], sharding: Sharding) -> dict[str, Tensor]:
         """The full Hugging Face tensors, padding stripped; they may share memory with `shards`.

@@ -6,7 +6,6 @@ any size of model. `HFReader` then reads rectangles of tensors, so a rank touche
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Self
 from checkpoints_conversion.architecture import Architecture
 from checkpoints_conversion.dtypes import TORCH_NAMES, WEIGHT_DTYPES
 from checkpoints_conversion.families import mappings_for, read_architecture
+from checkpoints_conversion.json_file import read_json
+from checkpoints_conversion.messages import shown
 from checkpoints_conversion.safetensors_file import SafetensorsFile
 from checkpoints_conversion.source import TensorSource
 from oprd_megatron.errors import CheckpointError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_FILE_NAME = 255
+"""Bytes; more than a file system takes."""
 
 
 class HFReader(TensorSource):
@@ -38,7 +41,7 @@ class HFReader(TensorSource):
         self._file_of: dict[str, SafetensorsFile] = {}
         self._files: list[SafetensorsFile] = []
         try:
-            for path, expected_names in _weight_files(self.hf_dir).items():
+            for path, expected_names in weight_files(self.hf_dir).items():
                 self._add(SafetensorsFile(path), expected_names)
         except BaseException:
             self.close()
@@ -49,12 +52,12 @@ class HFReader(TensorSource):
         absent = sorted(expected_names - file.tensors.keys())
         if absent:
             raise CheckpointError(
-                f"{file.path}: {INDEX_FILE} places {absent[0]} here, but it is not; download both again"
+                f"{file.path}: {INDEX_FILE} places {shown(absent[0])} here, but it is not; download both again"
             )
         for name in file.tensors:
             if name in self._file_of:
                 raise CheckpointError(
-                    f"{file.path}: {name} is in {self._file_of[name].path.name} as well; delete the stale file"
+                    f"{file.path}: {shown(name)} is in {self._file_of[name].path.name} as well; delete the stale file"
                 )
             self._file_of[name] = file
 
@@ -127,8 +130,15 @@ def check_model(hf_dir: str | Path) -> Architecture:
     return arch
 
 
-def check_tensors(reader: TensorSource, arch: Architecture, where: Path) -> None:
+def check_tensors(source: TensorSource, arch: Architecture, where: Path, strict: bool = True) -> list[str]:
     """Compare names, shapes and dtypes in the files with what the family's table expects.
+
+    Args:
+        where: the model directory, for messages.
+        strict: refuse tensors that no model of the family has; False: report them.
+
+    Returns:
+        What is left out, one line each.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or not a float weight; it is named.
@@ -137,27 +147,37 @@ def check_tensors(reader: TensorSource, arch: Architecture, where: Path) -> None
     for mapping in mappings_for(arch).values():
         expected.update(mapping.hf_shapes)
 
-    missing = [name for name in expected if name not in reader.names]
+    missing = [name for name in expected if name not in source.names]
+    if missing and (fused := [name for name in sorted(source.names) if name.endswith(".experts.gate_up_proj")]):
+        raise CheckpointError(
+            f"{source.file_of(fused[0])}: {shown(fused[0])} holds all experts of a layer in one tensor; save the model as "
+            "published, one tensor an expert: save_pretrained(dir, save_original_format=True)"
+        )
     if missing:
         raise CheckpointError(f"{where}: {len(missing)} tensors are missing, first {missing[0]}; download it again")
-    unexpected = sorted(name for name in reader.names - expected.keys() if not _is_ignored(name))
-    if unexpected:
-        name = unexpected[0]
+    unexpected = sorted(source.names - expected.keys())
+    foreign = [name for name in unexpected if not _is_ignored(name)]
+    if foreign and strict:
         raise CheckpointError(
-            f"{reader.file_of(name)}: {len(unexpected)} tensors no {arch.family} model has, first {name}; "
+            f"{source.file_of(foreign[0])}: {len(foreign)} tensors no {arch.family} model has, first {shown(foreign[0])}; "
             "check that config.json belongs to these weights"
         )
     for name, shape in expected.items():
-        if reader.shape(name) != shape:
+        if source.shape(name) != shape:
             raise CheckpointError(
-                f"{reader.file_of(name)}: {name} is {list(reader.shape(name))}, but config.json implies {list(shape)}; "
+                f"{source.file_of(name)}: {name} is {list(source.shape(name))}, but config.json implies {list(shape)}; "
                 "check that config.json belongs to these weights"
             )
-        if reader.dtype(name) not in WEIGHT_DTYPES:
+        if source.dtype(name) not in WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{reader.file_of(name)}: {name} is {reader.dtype(name)}; quantized weights are not supported, "
+                f"{source.file_of(name)}: {name} is {source.dtype(name)}; quantized weights are not supported, "
                 "use a float32, float16 or bfloat16 model"
             )
+    return (
+        [f"{len(unexpected)} tensors that the model does not use are left out, first {shown(unexpected[0])}"]
+        if unexpected
+        else []
+    )
 
 
 def _is_ignored(name: str) -> bool:
@@ -168,24 +188,34 @@ def _is_ignored(name: str) -> bool:
     return name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _weight_files(hf_dir: Path) -> dict[Path, set[str]]:
+def weight_files(hf_dir: Path, single: str = SINGLE_FILE, index: str = INDEX_FILE) -> dict[Path, set[str]]:
     """Every weight file, with the tensors the index says it holds (none known for a single file).
 
-    transformers prefers model.safetensors over an index, and so does this.
+    transformers prefers the single file over an index, and so does this.
+
+    Raises:
+        CheckpointError: no weights, an unfinished download, a broken index, a file missing or outside the directory.
     """
+    try:
+        return _find_weight_files(hf_dir, single, index)
+    except OSError as error:
+        raise CheckpointError(f"{hf_dir}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _find_weight_files(hf_dir: Path, single: str, index: str) -> dict[Path, set[str]]:
     if not hf_dir.is_dir():
         raise CheckpointError(f"{hf_dir}: no such model directory; give the directory that holds config.json")
     unfinished = sorted(hf_dir.glob("*.incomplete"))
     if unfinished:
         raise CheckpointError(f"{unfinished[0]}: an unfinished download; finish it, or delete the file if it is stale")
-    if (hf_dir / SINGLE_FILE).is_file():
-        refuse_foreign_file(hf_dir / SINGLE_FILE, hf_dir)
-        return {hf_dir / SINGLE_FILE: set()}
-    if not (hf_dir / INDEX_FILE).is_file():
+    if (hf_dir / single).is_file():
+        refuse_foreign_file(hf_dir / single, hf_dir)
+        return {hf_dir / single: set()}
+    if not (hf_dir / index).is_file():
         raise _no_weights(hf_dir)
 
     files: dict[Path, set[str]] = {}
-    for name, file_name in sorted(_read_index(hf_dir / INDEX_FILE).items()):
+    for name, file_name in sorted(_read_index(hf_dir / index).items()):
         files.setdefault(hf_dir / file_name, set()).add(name)
     absent = sorted(path for path in files if not path.is_file())
     if absent:
@@ -217,10 +247,12 @@ def _no_weights(hf_dir: Path) -> CheckpointError:
 
 def _read_index(path: Path) -> dict[str, str]:
     """`weight_map` of an index: file name by tensor name."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index ({error!r}); download it again") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map is not an object of file names; download it again")
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{path}: no index: weight_map must be an object of file names; download it again")
     return weight_map
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= MAX_FILE_NAME

@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,9 @@ from typing import Any
 import numpy as np
 
 from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.json_file import parse
+from checkpoints_conversion.messages import quoted, reason, shown
+from checkpoints_conversion.regular_file import open_regular, read_at
 from oprd_megatron.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -53,13 +54,8 @@ class SafetensorsFile:
             CheckpointError: not a regular file, not safetensors, truncated, longer than its header says, or damaged.
         """
         self.path = path
+        self._fd = open_regular(path)
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-        try:
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-                raise CheckpointError(f"{path}: is not a regular file; give a directory of safetensors files")
             self.tensors = _read_header(self._fd, path)
         except BaseException:
             os.close(self._fd)
@@ -94,13 +90,26 @@ class SafetensorsFile:
             self._read(start + first * width, some.data.cast("B"))
             target[first : first + len(some)] = some[:, left:right]
 
+    def read_bytes(self, start: int, length: int) -> bytearray:
+        """Bytes of the file as they are."""
+        found = bytearray(length)
+        self._read(start, memoryview(found))
+        return found
+
     def _read(self, position: int, out: memoryview) -> None:
-        done = 0
-        while done < len(out):
-            count = os.preadv(self._fd, [out[done:]], position + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path}: became shorter while it was read; is someone writing it?")
-            done += count
+        read_at(self._fd, position, out, self.path)
+
+
+def safetensors_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int]]:
+    """The first bytes of a file that holds (name, dtype, shape) in this order, and where in the file each tensor begins."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for name, dtype, shape in tensors:
+        ends.append(ends[-1] + math.prod(shape) * ITEMSIZE[dtype])
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": ends[-2:]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + end for end in ends[:-1]]
 
 
 def _read_header(fd: int, path: Path) -> dict[str, TensorInfo]:
@@ -113,9 +122,9 @@ def _read_header(fd: int, path: Path) -> dict[str, TensorInfo]:
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
     try:
-        header = json.loads(os.pread(fd, length, 8), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid JSON: {str(error).splitlines()[0][:80]}") from None
+        header = parse(os.pread(fd, length, 8))
+    except ValueError as error:
+        raise _damaged(path, f"its header is not valid JSON: {reason(error)}") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
     header.pop("__metadata__", None)
@@ -124,7 +133,7 @@ def _read_header(fd: int, path: Path) -> dict[str, TensorInfo]:
     end = data
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if info.start != end:
-            raise _damaged(path, f"{_short(name)} begins at byte {info.start}, the one before it ends at {end}")
+            raise _damaged(path, f"{shown(name)} begins at byte {info.start}, the one before it ends at {end}")
         end += info.nbytes
     if end != size:
         raise _damaged(path, f"its header accounts for {end} bytes, the file has {size}")
@@ -135,28 +144,16 @@ def _tensor_info(name: str, entry: Any, data: int, path: Path) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise _damaged(path, f"its header does not describe {_short(name)}") from None
+        raise _damaged(path, f"its header does not describe {shown(name)}") from None
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in [*shape, start, stop]):
-        raise _damaged(path, f"its header gives {_short(name)} sizes that are no sizes")
+        raise _damaged(path, f"its header gives {shown(name)} sizes that are no sizes")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise CheckpointError(
-            f"{path}: {_short(name)} has dtype {_short(str(dtype))}; only plain weights are read, dequantise it first"
+            f"{path}: {shown(name)} has dtype {quoted(dtype)}; only plain weights are read, dequantise it first"
         )
     if len(shape) > 8 or stop - start != math.prod(shape) * ITEMSIZE[dtype]:
-        raise _damaged(path, f"the size of {_short(name)} is not that of its shape")
+        raise _damaged(path, f"the size of {shown(name)} is not that of its shape")
     return TensorInfo(dtype, tuple(shape), data + start)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{_short(twice)} is there twice")
-    return found
-
-
-def _short(name: str) -> str:
-    return ascii(name)[1:-1][:100]
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:

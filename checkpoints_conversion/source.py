@@ -13,6 +13,10 @@ class TensorSource(Protocol):
     def names(self) -> frozenset[str]:
         """Names of all tensors."""
 
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold tensors."""
+
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor, for messages."""
 

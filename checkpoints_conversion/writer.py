@@ -15,24 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints_conversion.families.base import read_config
+from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
+from checkpoints_conversion.hf_files import write_companions
 from checkpoints_conversion.reader import INDEX_FILE, SINGLE_FILE, check_model
 from oprd_megatron.errors import CheckpointError
-
-COMPANION_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Copied from the source directory where they exist."""
 
 
 def write_hf_directory(
@@ -64,7 +50,7 @@ def write_hf_directory(
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
         dtypes = _write_weights(tensors, staging, max_shard_bytes, dtype)
-        _write_companions(source, staging, dtypes)
+        write_companions(source, staging, {SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")] for dtype in dtypes})
         check_model(staging)
         _publish(staging, out)
     except (OSError, SafetensorError) as error:
@@ -125,21 +111,6 @@ def _name_shards(staging: Path, shards: list[list[str]], total_bytes: int) -> No
         weight_map.update(dict.fromkeys(names, file_name))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_companions(source: Path, staging: Path, dtypes: set[torch.dtype]) -> None:
-    """Copy config.json and the tokenizer; the config is left untouched byte for byte unless its dtype is wrong."""
-    config = read_config(source)
-    for name in ("config.json", *COMPANION_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, staging / name)
-    if len(dtypes) != 1:
-        return
-    dtype_name = str(dtypes.pop()).removeprefix("torch.")
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if any(config.get(key) != dtype_name for key in keys):
-        config.update(dict.fromkeys(keys, dtype_name))
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _publish(staging: Path, out: Path) -> None:

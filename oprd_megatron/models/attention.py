@@ -15,12 +15,16 @@ all ranks have the same causal work. A rank's pack is these pairs, sequence afte
 Queries stay where they are; keys and values are gathered, put back into natural order, and each chunk of queries attends
 to the keys from its sequence's start to its own end.
 
+With a sliding window of w positions, chunks are cut further into blocks of at most w queries, each of which attends to at most
+2w - 1 keys: its own, and the w - 1 before them.
+
 Legend: P packed tokens over all context-parallel ranks, C their number, N query heads on this rank, G key/value heads on
 this rank, H head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -45,12 +49,24 @@ class SDPACoreAttention(torch.nn.Module):
         config: TransformerConfig,
         *,
         pg_collection: ProcessGroupCollection,
+        layer_number: int = 1,
         softmax_scale: float | None = None,
+        windows: Sequence[int | None] = (),
         **_: object,
     ) -> None:
+        """Called by mcore.
+
+        Args:
+            config: of the model.
+            pg_collection: has the context-parallel group.
+            layer_number: 1-based in the whole model.
+            softmax_scale: factor on the scores; None for 1 / sqrt(H).
+            windows: `Architecture.attention_windows`.
+        """
         super().__init__()
         assert config.attention_dropout == 0.0, "attention dropout is not supported"
         self.softmax_scale = softmax_scale
+        self.window = windows[layer_number - 1] if windows else None
         self.cp_group = pg_collection.cp
 
     def forward(
@@ -84,15 +100,18 @@ class SDPACoreAttention(torch.nn.Module):
             gathered = gather_from_sequence_parallel_region(pairs_local, group=self.cp_group)
             order = natural_order(packed_seq_params.cu_seqlens_q, cp_size)
             key, value = gathered.index_select(0, order).chunk(2, dim=1)
-        spans = attention_spans(bounds, cp_rank, cp_size)
+        spans = attention_spans(bounds, cp_rank, cp_size, self.window)
         return torch.cat([self._attend(query[rows], key[seen], value[seen]) for rows, seen in spans])
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[Q, N, H] x [K, G, H] -> [Q, N * H]; the queries are those of the last Q of the K tokens."""
         num_queries, num_keys = query.size(0), key.size(0)
+        before = num_keys - num_queries
         mask = None
-        if num_queries < num_keys:  # is_causal would count queries from the first key
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        if before > 0:  # is_causal would count queries from the first key
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(before)
+            if self.window is not None:
+                mask = mask.triu(before - self.window + 1)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         attended = scaled_dot_product_attention(
             query,
@@ -106,25 +125,36 @@ class SDPACoreAttention(torch.nn.Module):
         return attended.squeeze(0).transpose(0, 1).flatten(1)
 
 
-def attention_spans(bounds: list[int], cp_rank: int, cp_size: int) -> list[tuple[slice, slice]]:
+def attention_spans(
+    bounds: list[int], cp_rank: int, cp_size: int, window: int | None = None
+) -> list[tuple[slice, slice]]:
     """What attends to what on one context-parallel rank.
 
     Args:
         bounds: first token of every sequence of the whole pack, and P.
+        window: how many positions a query sees, its own included; None for all before it.
 
     Returns:
-        (queries among this rank's tokens, keys among all P in natural order) of each chunk, in the order in which the rank
-        holds them. A query chunk's keys end where it ends. Without context parallelism a sequence is one chunk.
+        (queries among this rank's tokens, keys among all P in natural order) of each chunk or block of it, in the order in
+        which the rank holds them. A query chunk's keys end where it ends. Without context parallelism a sequence is one
+        chunk.
     """
-    if cp_size == 1:
-        return [(slice(start, end), slice(start, end)) for start, end in pairwise(bounds)]
     spans = []
     for start, end in pairwise(bounds):
-        width, rest = divmod(end - start, 2 * cp_size)
-        assert rest == 0, f"a sequence of {end - start} tokens does not split into {2 * cp_size} chunks"
-        for slot, chunk in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
-            first = start // cp_size + slot * width
-            spans.append((slice(first, first + width), slice(start, start + (chunk + 1) * width)))
+        chunks: tuple[int, ...] = (0,)
+        width = end - start
+        if cp_size > 1:
+            chunks = (cp_rank, 2 * cp_size - 1 - cp_rank)
+            width, rest = divmod(end - start, 2 * cp_size)
+            assert rest == 0, f"a sequence of {end - start} tokens does not split into {2 * cp_size} chunks"
+        for slot, chunk in enumerate(chunks):
+            first_local, first = start // cp_size + slot * width, start + chunk * width
+            step = window or max(width, 1)
+            for block in range(0, width, step):
+                size = min(step, width - block)
+                seen_from = max(start, first + block - window + 1) if window else start
+                rows = slice(first_local + block, first_local + block + size)
+                spans.append((rows, slice(seen_from, first + block + size)))
     return spans
 
 

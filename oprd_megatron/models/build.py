@@ -1,16 +1,17 @@
 """From an `Architecture` (what config.json says) to this rank's part of an mcore GPTModel.
 
-Dense Llama, Qwen2/2.5 and Qwen3, tied or untied. Anything that would change the maths was refused when the
-architecture was read (`checkpoints_conversion`).
+Every family of `checkpoints_conversion`, tied or untied. Anything that would change the maths and is not implemented was
+refused when the architecture was read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -26,15 +27,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from checkpoints_conversion import Architecture, Sharding
-from checkpoints_conversion.architecture import VOCAB_MULTIPLE, Llama3Rope
+from checkpoints_conversion.architecture import VOCAB_MULTIPLE
 from checkpoints_conversion.live import load_hf_weights
 from oprd_megatron.config.schema import RecomputeConfig
-from oprd_megatron.models.spec import block_spec, has_transformer_engine
+from oprd_megatron.models.experts import expert_settings
+from oprd_megatron.models.norm import NormedRowParallelLinear
+from oprd_megatron.models.rotary import Rotary, refuse_cut_sequences
+from oprd_megatron.models.spec import block_spec, has_transformer_engine, refuse_for_transformer_engine
 from oprd_megatron.parallel import Coords, GridLayout
 from oprd_megatron.parallel.grid import Grid
 from oprd_megatron.platform import Platform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
@@ -92,43 +97,75 @@ def build_model(
 
     Raises:
         CheckpointError: the weights are missing, torn or of other shapes.
+        LayoutError: the architecture does not go with the layout, or with Transformer Engine.
     """
     layout = grid.layout
     recompute = recompute or RecomputeConfig()
     padded_as = replace(architecture, vocab_size=max(vocab_size, architecture.vocab_size))
     coords = grid.coords if grid.is_member else Coords(0, 0, 0)
     sharding = Sharding.smallest(padded_as, coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
+    transformer_engine = has_transformer_engine() and platform.is_cuda
+    if transformer_engine:
+        refuse_for_transformer_engine(architecture, layout.cp)
+    refuse_cut_sequences(architecture, layout.cp)
     chunks = []
     with platform.scope():
         config = transformer_config(architecture, layout, coords.pp, sharding, dtype, platform, recompute)
         for number in range(layout.vpp if grid.is_member else 0):
-            chunk = GPTModel(
-                config=config,
-                transformer_layer_spec=block_spec(
-                    len(layout.chunk_layers(coords.pp, number)),
-                    qk_norm=architecture.qk_norm,
-                    transformer_engine=has_transformer_engine() and platform.is_cuda,
-                ),
-                vocab_size=sharding.vocab_size_padded,
-                max_sequence_length=architecture.max_position_embeddings,
-                pre_process=grid.is_first_stage and number == 0,
-                post_process=grid.is_last_stage and number == layout.vpp - 1,
-                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-                position_embedding_type="rope",
-                rotary_base=architecture.rotary_base,
-                pg_collection=grid.groups,
-                vp_stage=number if layout.vpp > 1 else None,
-            ).to(platform.device)
-            if isinstance(architecture.rope_scaling, Llama3Rope):
-                _scale_rope(chunk, architecture.rope_scaling)
-            _mark_sharded_parameters(chunk)
-            chunks.append(chunk)
+            chunks.append(make_chunk(architecture, grid, config, sharding, number, platform.device, transformer_engine))
         if chunks:
             load_hf_weights(chunks, hf_dir, sharding, architecture)
     if frozen:
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     return Model(architecture, grid, sharding, config, chunks, hf_dir)
+
+
+def make_chunk(
+    architecture: Architecture,
+    grid: Grid,
+    config: TransformerConfig,
+    sharding: Sharding,
+    number: int,
+    device: torch.device,
+    transformer_engine: bool = False,
+) -> GPTModel:
+    """One of this rank's chunks as training runs it, its weights not yet loaded.
+
+    Args:
+        architecture: of the whole model.
+        grid: where the model lives; this rank is on it.
+        config: from `transformer_config`.
+        sharding: of this rank.
+        number: of the chunk, from 0; virtual pipeline stages have several.
+        device: of the parameters. On `meta` they take no memory, and what is computed from the architecture is on the CPU.
+        transformer_engine: use mcore's TE modules.
+    """
+    layout, is_meta = grid.layout, device.type == "meta"
+    with device if is_meta else contextlib.nullcontext():
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(
+                architecture,
+                len(layout.chunk_layers(grid.coords.pp, number)),
+                transformer_engine=transformer_engine,
+            ),
+            vocab_size=sharding.vocab_size_padded,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=grid.is_first_stage and number == 0,
+            post_process=grid.is_last_stage and number == layout.vpp - 1,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            pg_collection=grid.groups,
+            vp_stage=number if layout.vpp > 1 else None,
+        )
+    chunk = chunk if is_meta else chunk.to(device)
+    chunk.rotary_pos_emb = Rotary(architecture, torch.device("cpu") if is_meta else device, grid.groups.cp)
+    if chunk.pre_process and architecture.embedding_scale != 1.0:
+        chunk.embedding.register_forward_hook(_scaled_by(architecture.embedding_scale))
+    _mark_sharded_parameters(chunk)
+    return chunk
 
 
 def transformer_config(
@@ -151,11 +188,14 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         layernorm_epsilon=architecture.norm_epsilon,
         normalization="RMSNorm",
-        activation_func=torch.nn.functional.silu,
+        activation_func=ACTIVATIONS[architecture.activation],
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
+        layernorm_zero_centered_gamma=architecture.zero_centred_norm,
+        softmax_scale=architecture.attention_scale,
+        **_window_settings(architecture),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -181,7 +221,18 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         batch_p2p_comm=platform.is_cuda,
+        **expert_settings(architecture.experts),
     )
+
+
+def _window_settings(architecture: Architecture) -> dict[str, Any]:
+    """Sliding windows as mcore's Transformer Engine attention reads them: (keys before the query, keys after it), and which
+    layers have the window. Our own attention reads `attention_windows`."""
+    sizes = {window for window in architecture.attention_windows if window is not None}
+    if not sizes:
+        return {}
+    has_window = [int(window is not None) for window in architecture.attention_windows]
+    return {"window_size": (max(sizes) - 1, 0), "window_attn_skip_freq": has_window}
 
 
 class StageLayout(PipelineParallelLayerLayout):
@@ -230,7 +281,7 @@ def _mark_sharded_parameters(chunk: GPTModel) -> None:
     """Tell mcore which parameters are split over tensor-parallel ranks. Its local layers say so only while they initialise
     weights, which we skip; an unmarked parameter counts as a replica, and the gradient norm would leave it out on all
     ranks but the first."""
-    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1, NormedRowParallelLinear: 1}
     for module in chunk.modules():
         dim = dims.get(type(module))
         if dim is None:
@@ -241,16 +292,11 @@ def _mark_sharded_parameters(chunk: GPTModel) -> None:
                 set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def _scale_rope(chunk: GPTModel, rope: Llama3Rope) -> None:
-    """Llama 3 frequency scaling. mcore passes on only `factor`, so the inverse frequencies are set here (the formula of
-    transformers' `llama3` rope type)."""
-    inv_freq = chunk.rotary_pos_emb.inv_freq
-    wavelength = 2 * math.pi / inv_freq
-    low = rope.original_max_position_embeddings / rope.low_freq_factor
-    high = rope.original_max_position_embeddings / rope.high_freq_factor
-    smooth = (rope.original_max_position_embeddings / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    scaled = torch.where(wavelength > low, inv_freq / rope.factor, torch.where(wavelength < high, inv_freq, blended))
-    chunk.rotary_pos_emb.inv_freq = scaled
+def _scaled_by(scale: float) -> Callable[..., torch.Tensor]:
+    """A forward hook that scales the embedded tokens, rounding the factor to their dtype first, as transformers does. On the
+    embedding's output and not its weight: a tied head uses the weight as it is."""
+
+    def hook(module: torch.nn.Module, inputs: object, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded * torch.tensor(scale, dtype=embedded.dtype, device=embedded.device)
+
+    return hook

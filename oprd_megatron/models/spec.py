@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -14,8 +15,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from checkpoints_conversion.architecture import Architecture, LongRope
+from oprd_megatron.errors import LayoutError
 from oprd_megatron.models.attention import SDPACoreAttention
-from oprd_megatron.models.norm import RMSNorm
+from oprd_megatron.models.experts import local_experts, router_class
+from oprd_megatron.models.norm import NormedRowParallelLinear, RMSNorm
+from oprd_megatron.models.rotary import RotarySelfAttention, has_two_sets
+
+INPUT_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+FUSED_NORM_KEYS = {**INPUT_NORM_KEY, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+"""Keys of norms in sharded checkpoints, as in mcore's own local spec: those of Transformer Engine's fused layers, so that a
+checkpoint of one spec loads in the other. A layer of experts has no linear layer to fuse the second norm with."""
 
 
 def has_transformer_engine() -> bool:
@@ -23,38 +33,66 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def block_spec(num_layers: int, *, qk_norm: bool, transformer_engine: bool) -> TransformerBlockSubmodules:
+def block_spec(architecture: Architecture, num_layers: int, *, transformer_engine: bool) -> TransformerBlockSubmodules:
     """Specification of one pipeline stage.
 
     Args:
+        architecture: of the model.
         num_layers: layers on this stage.
-        qk_norm: RMSNorm on queries and keys per head (Qwen3).
         transformer_engine: use mcore's TE modules; not yet run on a GPU by this project.
     """
+    qk_norm, experts = architecture.qk_norm, architecture.experts
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=qk_norm, num_experts=experts.num_experts if experts else None
+        )
+        if experts:
+            layer.submodules.mlp.submodules.router = router_class(experts)
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(qk_norm)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(architecture)] * num_layers, layer_norm=RMSNorm)
 
 
-def _local_layer(qk_norm: bool) -> ModuleSpec:
+def refuse_for_transformer_engine(architecture: Architecture, cp: int) -> None:
+    """Refuse what mcore's TE spec has no modules for.
+
+    Raises:
+        LayoutError: names the feature.
+    """
+    has_windows = any(architecture.attention_windows)
+    features = {
+        "norms on the outputs of attention and MLP": architecture.sandwich_norm,
+        "a rotary base of their own for layers with a window": architecture.local_rotary_base is not None,
+        "longrope": isinstance(architecture.rope_scaling, LongRope),
+        "sliding windows with context parallelism (cp 1 would do)": has_windows and cp > 1,
+        "windows of different sizes": len(set(architecture.attention_windows) - {None}) > 1,
+    }
+    for feature, is_wanted in features.items():
+        if is_wanted:
+            raise LayoutError(
+                f"{architecture.family}: {feature}: not in mcore's Transformer Engine layers; uninstall "
+                "transformer-engine to run this model on this project's own layers"
+            )
+
+
+def _local_layer(architecture: Architecture) -> ModuleSpec:
+    qk_norm, experts = architecture.qk_norm, architecture.experts
+    row_parallel = NormedRowParallelLinear if architecture.sandwich_norm else RowParallelLinear
+    rotary = {"architecture": architecture} if has_two_sets(architecture) else {}
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=RotarySelfAttention if rotary else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, **rotary},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=SDPACoreAttention,
-            linear_proj=RowParallelLinear,
+            core_attention=partial(SDPACoreAttention, windows=architecture.attention_windows),
+            linear_proj=row_parallel,
             q_layernorm=RMSNorm if qk_norm else IdentityOp,
             k_layernorm=RMSNorm if qk_norm else IdentityOp,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -62,7 +100,8 @@ def _local_layer(qk_norm: bool) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=local_experts(experts) if experts else dense,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=FUSED_NORM_KEYS if experts is None else INPUT_NORM_KEY,
         ),
     )

@@ -168,6 +168,18 @@ def tp_divisible(architecture: Architecture, pad_heads: bool) -> dict[str, int]:
     }
 
 
+def check_experts(layout: GridLayout, architecture: Architecture, name: str) -> None:
+    """Refuse to train experts with tensor parallelism but without sequence parallelism: see models/experts.py.
+
+    Raises:
+        LayoutError: names the section.
+    """
+    if architecture.experts is not None and layout.tp > 1 and not layout.sp:
+        raise LayoutError(
+            f"{name}: a mixture of experts trains with tp {layout.tp} only if activations are split too; set {name}.sp: true"
+        )
+
+
 def nearest_layouts(
     parallel: ParallelConfig, num_ranks: int, num_layers: int, divisible: dict[str, int], count: int = 3
 ) -> list[str]:

@@ -19,9 +19,11 @@ Activations. The accounting of Korthikanti et al. 2022, "Reducing Activation Rec
 the term with a s / h. Here, in numbers per token of the pack on this rank (width D, feed-forward F, n query heads and g
 key/value heads of H, no dropout, SwiGLU not fused):
 
-    4 D / (t if sequence parallel else 1)    both norms' inputs and outputs
+    4 D / (t if sequence parallel else 1)    both norms' inputs and outputs; + 2 D for the inputs of Gemma's other two
     (2 n + 2 g) H / t                        query, key, value and attention output; + (n + g) H / t before Qwen3's norms
     4 F / t                                  gate and up, silu(gate), their product
+    k (D + 5 F / t) + 2 E / (as D above)     instead, of k of E experts: their input, the same and the weighted product; the
+                                             router. t times the first without sequence parallelism (a frozen teacher)
 
 Recomputation `full` keeps one D for each group of layers (uniform) or each of the first layers (block) instead, and once the
 layers being recomputed. A chunk's own output counts D, the final norm D more, and no logits are ever computed. How many
@@ -32,8 +34,8 @@ with virtual stages. The teacher has one layer's worth at a time. Kernel workspa
 How far off. tests/parallel/test_memory.py compares with what autograd saves in tiny models on gloo ranks, where the local
 layers are not fused: their norms keep x / rms (and fp32 copies under bf16), their attention the whole qkv block, repeated keys
 and values and its output twice. With those terms added, measured over estimated is 0.85 to 1.15 in every layout, schedule and
-recomputation; without them 1.2 to 1.6 in fp32 and up to 2 in bf16 (at Qwen2.5-7B's shape they add 22 % and 51 %). Transformer
-Engine keeps none of them, but that has not been measured on a GPU yet.
+recomputation; without them 1.2 to 1.6 in fp32 and up to 2 in bf16 (at Qwen2.5-7B's shape they add 22 % and 51 %), up to 3 with
+Gemma's four norms a layer. Transformer Engine keeps none of them, but that has not been measured on a GPU yet.
 
 No process groups and no mcore here.
 """
@@ -207,8 +209,18 @@ class ModelMemory:
         attention = (2 * heads + 2 * groups) * architecture.head_dim
         if architecture.qk_norm:
             attention += (heads + groups) * architecture.head_dim
-        norms = 4 * architecture.hidden_size / (layout.tp if layout.sp else 1)
-        return norms + attention + 4 * architecture.ffn_hidden_size / layout.tp
+        shards = layout.tp if layout.sp else 1
+        norms = (6 if architecture.sandwich_norm else 4) * architecture.hidden_size / shards
+        return norms + attention + self._mlp_numbers(shards)
+
+    def _mlp_numbers(self, shards: int) -> float:
+        """The MLP's or the experts' part of `layer_numbers`; `shards` of the tokens outside it."""
+        architecture, tp = self.architecture, self.layout.tp
+        features, experts = architecture.ffn_hidden_size / tp, architecture.experts
+        if experts is None:
+            return 4 * features
+        copies = experts.top_k * tp / shards
+        return copies * (architecture.hidden_size + 5 * features) + 2 * experts.num_experts / shards
 
 
 def peak_in_flight(kept: Sequence[float], pp: int, stage: int, micro_batches: int) -> float:

@@ -7,7 +7,7 @@ import logging
 from checkpoints_conversion.architecture import Architecture
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.parallel.layout import GridLayout, check_ranks, resolve_layout, tp_divisible
+from oprd_megatron.parallel.layout import GridLayout, check_experts, check_ranks, resolve_layout, tp_divisible
 from oprd_megatron.representation.batch import Planner, Sample
 from oprd_megatron.representation.bridge import bridge_rank
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
@@ -132,7 +132,7 @@ def _resolve(
     parallel = section.parallel
     if parallel.layers_per_stage == "follow_student":
         parallel = parallel.model_copy(update={"layers_per_stage": None})
-    return resolve_layout(
+    layout = resolve_layout(
         parallel,
         name=f"{name}.parallel",
         world_size=world_size,
@@ -140,6 +140,9 @@ def _resolve(
         divisible=tp_divisible(architecture, section.pad_heads),
         layers_per_stage=stages,
     )
+    if name == "student":
+        check_experts(layout, architecture, f"{name}.parallel")
+    return layout
 
 
 def _check_batch(config: RunConfig, layout: GridLayout) -> None:

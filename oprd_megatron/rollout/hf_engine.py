@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from oprd_megatron.errors import CheckpointError, ConfigError, WeightSyncError
 from oprd_megatron.rollout.engine import Request, Rollout, SamplingParams
+from oprd_megatron.rollout.file_views import as_in_files
 from oprd_megatron.rollout.sampling import ResponseEnd, logits_processors
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 
@@ -41,7 +42,7 @@ class HFEngine:
         self.tokenizer = load_tokenizer(hf_dir)
         self.eos_ids = _eos_ids(Path(hf_dir), self.tokenizer.eos_token_id)
         self._model = _empty_model(Path(hf_dir), dtype, self.device)
-        self._weights = dict(self._model.named_parameters())  # a tied lm_head is not among them
+        self._weights = as_in_files(self._model)  # a tied lm_head is not among them
         self._version: int | None = None
         # Nothing of the directory's sampling defaults may leak in: `generate` fills unset options from this one.
         self._model.generation_config = GenerationConfig()

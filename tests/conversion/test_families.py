@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conversion_models import FAMILIES, LLAMA3_ROPE, tiny_config, write_tiny_model
+from conversion_models import FAMILIES, LLAMA3_ROPE, LONG_ROPE, tiny_config, write_tiny_model
+from safetensors.torch import load_file
 
 from checkpoints_conversion import Architecture, Llama3Rope, mappings_for, read_architecture
+from checkpoints_conversion.architecture import Experts, LinearRope, LongRope
 from oprd_megatron.errors import CheckpointError
 
 SMOLLM2 = {
@@ -61,23 +63,57 @@ def saved_config(family: str, tmp_path: Path, **changes: object) -> dict[str, ob
 def test_reads_what_transformers_writes(family: str, tied: bool, tmp_path: Path) -> None:
     """Every field of a config written by the installed transformers arrives under our name."""
     tiny_config(family, tied).save_pretrained(tmp_path)
-    assert read_architecture(tmp_path) == Architecture(
+    llama = Architecture(
         family=family,
         num_layers=3,
         hidden_size=48,
         ffn_hidden_size=80,
         num_attention_heads=6,
         num_query_groups=3,
-        head_dim=16 if family == "qwen3" else 8,
+        head_dim=8,
         vocab_size=509,
         max_position_embeddings=256,
         norm_epsilon=1e-6,
         rotary_base=123456.0,
         rope_scaling=None,
         tie_word_embeddings=tied,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qkv_bias=False,
+        qk_norm=False,
     )
+    assert read_architecture(tmp_path) == replace(llama, **FIELDS_OF_FAMILY.get(family, {}))  # type: ignore[arg-type]
+
+
+FIELDS_OF_FAMILY: dict[str, dict[str, object]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"head_dim": 16, "qk_norm": True},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "qk_norm": True,
+        "ffn_hidden_size": 24,
+        "experts": Experts(4, 2, 24, normalised=False),
+    },
+    "mixtral": {"norm_epsilon": 1e-5, "experts": Experts(4, 2, 80, normalised=True)},
+    "mistral": {"head_dim": 16, "attention_windows": (5, 5, 5)},
+    "phi3": {
+        "norm_epsilon": 1e-5,
+        "attention_windows": (7, 7, 7),
+        "rotary_fraction": 0.5,
+        "rope_scaling": LongRope((1.0, 1.5), (2.0, 4.0), 16, attention_factor=2**0.5),  # sqrt(1 + ln 16 / ln 16)
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "qk_norm": True,
+        "attention_windows": (5, None, 5),
+        "rope_scaling": LinearRope(8.0),
+        "local_rotary_base": 4321.0,
+        "attention_scale": 0.1,
+        "activation": "gelu_tanh",
+        "zero_centred_norm": True,
+        "sandwich_norm": True,
+        "embedding_scale": 48**0.5,
+    },
+}
+"""What is otherwise than in Llama."""
 
 
 def test_reads_the_spelling_before_transformers_5(tmp_path: Path) -> None:
@@ -142,7 +178,8 @@ REFUSALS = [
     ("qwen2", {"layer_types": ["full_attention"]}, "layer_types"),
     ("llama", {"logits_scaling": 8.0}, "logits_scaling"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
-    ("llama", {"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama, qwen2, qwen3"),
+    ("llama", {"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: llama, qwen2, qwen3"),
+    ("gemma3_text", {"model_type": "gemma3"}, "model_type 'gemma3' is not supported; extract its text part"),
     ("llama", {"model_type": None}, "model_type"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, "factor"),
@@ -166,6 +203,68 @@ REFUSALS = [
     ("llama", {"vocab_size": "many"}, "vocab_size"),
     ("llama", {"num_hidden_layers": True}, "num_hidden_layers"),
     ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+    ("mistral", {"attention_bias": True}, "attention_bias"),
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    ("mistral", {"hidden_act": "gelu"}, "hidden_act"),
+    ("mistral", {"rope_parameters": {"rope_type": "llama4", "rope_theta": 1e4}}, "default, linear and llama3 are"),
+    (
+        "mistral",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial",
+    ),
+    ("phi3", {"attention_bias": True}, "attention_bias"),
+    ("phi3", {"mlp_bias": True}, "mlp_bias"),
+    ("phi3", {"lm_head_bias": True}, "lm_head_bias"),
+    ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop"),
+    ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop"),
+    ("phi3", {"full_attn_mod": 2}, "full_attn_mod"),
+    ("phi3", {"interpolate_factor": 2}, "interpolate_factor"),
+    ("phi3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    (
+        "phi3",
+        {"partial_rotary_factor": 0.75},
+        "partial_rotary_factor and rope_parameters.partial_rotary_factor disagree",
+    ),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 0.375}}, "must be even"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "partial_rotary_factor": 1.5}}, "partial_rotary_factor is 1.5"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "long_factor": [1.0]}}, "long_factor has 1 numbers, not 2"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "short_factor": [1.0, None]}}, "short_factor"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "short_factor": 1.0}}, "short_factor must be a list"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "short_mscale": 1.0}}, "short_mscale"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "original_max_position_embeddings": 32}}, "the top level's, 16"),
+    ("phi3", {"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+    ("phi3", {"rope_parameters": {**LONG_ROPE, "attention_factor": 0}}, "attention_factor"),
+    (
+        "phi3",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "default and longrope are",
+    ),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"attention_bias": True}, "attention_bias"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    ("gemma3_text", {"sliding_window": None, "layer_types": ["chunked_attention"] * 3}, "layer_types"),
+    ("gemma3_text", {"layer_types": ["full_attention"]}, "layer_types must be 3 times"),
+    ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern"),
+    ("gemma3_text", {"layer_types": None, "_sliding_window_pattern": 5}, "_sliding_window_pattern"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "full_attention and sliding_attention",
+    ),
+    ("gemma3_text", {"rope_parameters": None, "rope_theta": 1e6}, "sliding_attention, whose rope_theta"),
+    ("gemma3_text", {"rope_parameters": None, "rope_local_base_freq": 1e4}, "no rope_theta"),
+    ("gemma3_text", {"rope_theta": 5.0}, "disagree"),
+    ("gemma3_text", {"rope_local_base_freq": 5.0}, "disagree"),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "disagree"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "linear"}}},
+        "only default is",
+    ),
 ]
 
 
@@ -204,11 +303,13 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "junk", [None, [], {}, "x", -1, 0, True, float("nan"), float("inf"), [[]], {"a": []}], ids=repr
 )
-@pytest.mark.parametrize("rope", ["default", "llama3"])
-def test_junk_is_accepted_or_refused_never_a_crash(rope: str, junk: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "llama with llama3", "mistral", "phi3", "gemma3_text"])
+def test_junk_is_accepted_or_refused_never_a_crash(family: str, junk: object, tmp_path: Path) -> None:
     """Whatever stands behind a key, the outcome is an Architecture with sane numbers or a one-line refusal."""
-    parameters = LLAMA3_ROPE if rope == "llama3" else {"rope_type": "default", "rope_theta": 1e4}
-    config = saved_config("llama", tmp_path, rope_parameters=parameters)
+    family, _, stretched = family.partition(" with ")
+    config = saved_config(family, tmp_path, **({"rope_parameters": LLAMA3_ROPE} if stretched else {}))
+    parameters = config["rope_parameters"]
+    assert isinstance(parameters, dict)
     broken = [{**config, key: junk} for key in config]
     broken += [{**config, "rope_parameters": {**parameters, key: junk}} for key in parameters]
     for candidate in broken:
@@ -234,12 +335,11 @@ def test_a_broken_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_table_is_the_state_dict(family: str, tied: bool, tmp_path: Path) -> None:
-    """The exported rows of the table name exactly the model's tensors, with their shapes, each once."""
-    model = write_tiny_model(family, tmp_path, tied)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if tied:
-        del expected["lm_head.weight"]
+def test_table_is_the_file(family: str, tied: bool, tmp_path: Path) -> None:
+    """The exported rows of the table name exactly the file's tensors, with their shapes, each once."""
+    write_tiny_model(family, tmp_path, tied)
+    expected = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert ("lm_head.weight" in expected) != tied
     named: list[str] = []
     for mapping in mappings_for(read_architecture(tmp_path)).values():
         if mapping.exported:

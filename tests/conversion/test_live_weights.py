@@ -1,5 +1,6 @@
 """Loading into and streaming from live sharded models, on gloo grids of 1, 2 and 4 processes, with a fake GPTModel."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints_conversion import Architecture, Sharding, check_model
+from checkpoints_conversion.buckets import Manifest, check_stream, in_buckets
 from checkpoints_conversion.export import export_hf
-from checkpoints_conversion.live import canonical_parameters, load_hf_weights, stream_hf_weights
-from oprd_megatron.errors import CheckpointError, LayoutError
+from checkpoints_conversion.live import canonical_parameters, load_hf_tensors, load_hf_weights, stream_hf_weights
+from oprd_megatron.errors import CheckpointError, LayoutError, WeightSyncError
 from tests.ranks import run_ranks
 
 LAYERS_OF_STAGE = {1: [[1, 2, 3]], 2: [[1], [2, 3]]}
@@ -146,6 +148,53 @@ def test_every_rank_streams_the_source(tp_size: int, pp_size: int, tmp_path: Pat
             models.append((hf_dir, dtype))
     orders = run_ranks(tp_size * pp_size, stream_on_rank, models, tp_size, pp_size)
     assert orders == orders[:1] * len(orders)
+
+
+def move_on_rank(hf_dir: Path, other_dir: Path, max_bytes: int) -> None:
+    """On one rank of TP2 x PP2: stream a model in buckets, and take them into a whole model that held other weights."""
+    grid = make_grid(2, 2)
+    arch, sharding, model = load(hf_dir, grid, torch.float32)
+    whole_sharding = Sharding.smallest(arch)
+    whole = build(arch, whole_sharding, 0, 1)
+    load_hf_weights([whole], other_dir, whole_sharding, arch)
+    manifest = Manifest()
+
+    def received() -> Iterator[tuple[str, Tensor]]:
+        for bucket in in_buckets(stream_hf_weights([model], arch, sharding, grid.tp_group, grid.pp_group), max_bytes):
+            manifest.add(bucket.tensors)
+            yield from bucket.tensors
+
+    load_hf_tensors([whole], received(), whole_sharding, arch)
+    back = list(stream_hf_weights([whole], arch, whole_sharding, None, None))
+    assert_same(dict(back), source_tensors(hf_dir))
+    assert [name for name, _ in check_stream(back, manifest.records)] == [name for name, _ in back]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3_text", "qwen3_moe"])
+def test_in_buckets_from_one_layout_into_another(family: str, tmp_path: Path) -> None:
+    """A live model at TP2 x PP2 becomes a live model in one process, through bounded buckets, bit for bit; the manifest
+    made on the way describes it."""
+    write_tiny_model(family, tmp_path / "a", tied=family == "llama")
+    write_tiny_model(family, tmp_path / "b", tied=family == "llama", seed=9)
+    run_ranks(4, move_on_rank, tmp_path / "a", tmp_path / "b", 30_000)
+
+
+def test_a_stream_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Missing, out of order, of another shape, too many: the tensor is named."""
+    write_tiny_model("llama", tmp_path)
+    arch = check_model(tmp_path)
+    sharding = Sharding.smallest(arch)
+    model = build(arch, sharding, 0, 1)
+    load_hf_weights([model], tmp_path, sharding, arch)
+    tensors = list(stream_hf_weights([model], arch, sharding, None, None))
+    for stream, said in (
+        (tensors[:-1], "lm_head.weight was to come, and the end came"),
+        ([tensors[1], tensors[0]], "model.embed_tokens.weight was to come"),
+        ([(tensors[0][0], tensors[0][1][1:])], "is \\[508, 48\\], not \\[509, 48\\]"),
+        ([*tensors, ("more", tensors[0][1])], "more came after the last tensor"),
+    ):
+        with pytest.raises(WeightSyncError, match=said):
+            load_hf_tensors([model], stream, sharding, arch)
 
 
 def export_on_rank(source: Path, out: Path) -> bool:

@@ -64,35 +64,51 @@ def pack(lengths: list[int], num_groups: int) -> list[torch.Tensor]:
     return [torch.randn(sum(lengths), *shape, generator=generator) for shape in shapes]
 
 
-def by_formula(lengths: list[int], inputs: list[torch.Tensor], scale: float | None) -> list[torch.Tensor]:
-    """Output and gradients of query, key and value: softmax(scale Q K^T + causal mask) V per sequence, in fp64."""
+def by_formula(
+    lengths: list[int], inputs: list[torch.Tensor], scale: float | None, window: int | None = None
+) -> list[torch.Tensor]:
+    """Output and gradients of query, key and value: softmax(scale Q K^T + causal mask) V per sequence, in fp64. With a window,
+    scores of keys `window` or more positions before the query are masked too."""
     query, key, value = leaves = [x.double().requires_grad_() for x in inputs[:3]]
     pieces = []
     for q, k, v in zip(*(x.split(lengths) for x in leaves), strict=True):
         k, v = (x.repeat_interleave(N // x.size(1), dim=1) for x in (k, v))
         scores = torch.einsum("qnh,knh->nqk", q, k) * (H**-0.5 if scale is None else scale)
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        if window is not None:
+            hidden |= torch.ones(scores.shape[1:], dtype=torch.bool).tril(-window)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         pieces.append(torch.einsum("nqk,knh->qnh", weights, v).flatten(1))
     output = torch.cat(pieces)
     output.backward(inputs[3].double())
     return [output.detach(), *(x.grad for x in (query, key, value) if x.grad is not None)]
 
 
-def core_attention(cp_group: Any, num_groups: int, scale: float | None = None) -> SDPACoreAttention:
+def core_attention(
+    cp_group: Any, num_groups: int, scale: float | None = None, window: int | None = None
+) -> SDPACoreAttention:
+    """Layer 2 of two, of which it has the window."""
     config = TransformerConfig(
         num_layers=1, hidden_size=N * H, num_attention_heads=N, num_query_groups=num_groups, attention_dropout=0.0
     )
-    return SDPACoreAttention(config, pg_collection=ProcessGroupCollection(cp=cp_group), softmax_scale=scale)
+    groups = ProcessGroupCollection(cp=cp_group)
+    return SDPACoreAttention(
+        config, pg_collection=groups, layer_number=2, softmax_scale=scale, windows=(None, window) if window else ()
+    )
 
 
 def by_core_attention(
-    cp_group: Any, lengths: list[int], inputs: list[torch.Tensor], scale: float | None = None, recompute: bool = False
+    cp_group: Any,
+    lengths: list[int],
+    inputs: list[torch.Tensor],
+    scale: float | None = None,
+    recompute: bool = False,
+    window: int | None = None,
 ) -> list[torch.Tensor]:
     """This rank's output and gradients of query, key and value."""
     *leaves, arriving = (shard(x, lengths, cp_group.rank(), cp_group.size()) for x in inputs)
     leaves = [x.clone().requires_grad_() for x in leaves]
-    core = core_attention(cp_group, inputs[1].size(1), scale)
+    core = core_attention(cp_group, inputs[1].size(1), scale, window)
     packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds(lengths), cu_seqlens_kv=bounds(lengths))
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -120,6 +136,32 @@ def test_equals_formula(cp_size: int, num_groups: int, scale: float | None) -> N
         for name, mine, whole in zip(("output", "query", "key", "value"), found, expected, strict=True):
             difference = (mine - shard(whole, LENGTHS[cp_size], rank, cp_size)).abs().max().item()
             assert difference <= TOLERANCE, f"{name} on rank {rank}: {difference}"
+
+
+def windowed_on_rank(windows: list[int]) -> list[list[torch.Tensor]]:
+    assert dist.group.WORLD is not None
+    lengths = LENGTHS[dist.get_world_size()]
+    return [by_core_attention(dist.group.WORLD, lengths, pack(lengths, 2), window=window) for window in windows]
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_windows_equal_formula(cp_size: int) -> None:
+    """A query sees so many keys, its own included: one, less than a chunk, about one, across chunks, more than there are."""
+    lengths, windows = LENGTHS[cp_size], [1, 2, 3, 4, 5, 7, 100]
+    for rank, of_rank in enumerate(run_ranks(cp_size, windowed_on_rank, windows)):
+        for window, found in zip(windows, of_rank, strict=True):
+            expected = by_formula(lengths, pack(lengths, 2), None, window)
+            for name, mine, whole in zip(("output", "query", "key", "value"), found, expected, strict=True):
+                difference = (mine - shard(whole, lengths, rank, cp_size)).abs().max().item()
+                assert difference <= TOLERANCE, f"{name} on rank {rank}, window {window}: {difference}"
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_a_window_bounds_the_scores(cp_size: int) -> None:
+    """No block has more than window queries and 2 window - 1 keys; together they are all of a rank's queries, in order."""
+    spans = attention_spans(bounds([48, 8]).tolist(), 0, cp_size, window=3)
+    assert all(rows.stop - rows.start <= 3 and seen.stop - seen.start <= 5 for rows, seen in spans)
+    assert [token for rows, _ in spans for token in range(rows.start, rows.stop)] == list(range(56 // cp_size))
 
 
 def with_and_without_recomputation() -> list[list[torch.Tensor]]:

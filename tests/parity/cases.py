@@ -19,6 +19,8 @@ PAIRS = {
     "eight": ("qwen3", False, (8, 32), (8, 32)),
     "shallow": ("llama", False, (2, 64), (2, 64)),
     "wide": ("qwen2", True, (6, 64), (4, 32)),  # needs the bridge
+    "experts": ("qwen3_moe", False, (5, 32), (4, 32)),
+    "mixtral": ("mixtral", True, (8, 32), (4, 32)),
 }
 DISTILL = {
     "raw": {"positions": "all"},
@@ -125,6 +127,11 @@ MATRIX = [
     "pp2 cp2 > pp2 vpp2 cp2 | eight full=uniform:2 pack=40", "dp4 > dp4 | distributed pack=30",
     "tp4sp > pp2 dp2 last1 | wide distributed", "pp4 follow > pp2 cp2 | eight l2",
     "tp2 cp2 > tp2 cp2 | selective spool=9000",
+    # experts: their student has tensor parallelism only with sequence parallelism
+    "dp1 > dp1 | experts full", "tp2sp > pp2 | experts pre", "pp2 > tp2sp | experts l2", "tp2 > tp2sp | mixtral",
+    "cp2 > dp2 | experts distributed", "dp2 > cp2 | mixtral selective", "pp2 vpp2 > pp2 vpp2 | mixtral full",
+    "tp2sp pp2 > tp2sp dp2 | experts distributed", "tp2sp cp2 > tp2sp pp2 vpp2 | experts full pack=40",
+    "tp2 pp2 > tp4sp | mixtral distributed", "dp4 > tp2sp cp2 | experts full=block:1",
     # eight ranks
     "tp4sp pp2 > tp2 pp2 dp2 | eight", "tp2 pp2 cp2 > tp2sp pp2 vpp2 dp2 | eight full",
     "tp4 @0-3 > tp2 dp2 @4-7 | eight", "pp4 vpp2 @4-7 > tp2sp cp2 @0-3 | eight l2",

@@ -13,6 +13,7 @@ from oprd_megatron.config.schema import DistillConfig, OptimizerConfig
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.positions import supervised_positions
+from tests.tiny_models import as_in_files
 
 VOCAB = 300
 STEPS = 3
@@ -84,13 +85,13 @@ def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> R
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            first = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+            first = as_in_files(student, {name: p.grad for name, p in trained.items() if p.grad is not None})
         found = torch.nn.utils.clip_grad_norm_([p for p in trained.values() if p.grad is not None], OPTIMIZER.clip_grad)
         norm = norm or found.item()
         for group in optimizer.param_groups:
             group["lr"] = OPTIMIZER.lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step + 1) / STEPS)).item())
         optimizer.step()
-    return Reference(losses, norm, first, {name: p.detach() for name, p in trained.items()})
+    return Reference(losses, norm, first, as_in_files(student, {name: p.detach() for name, p in trained.items()}))
 
 
 def _loss(samples, teacher, student, pairs, distill, bridge, pre_norm):  # type: ignore[no-untyped-def]

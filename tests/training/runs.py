@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from oprd_megatron.config import parse_config
 from oprd_megatron.logging import read_records
 from tests.ranks import run_ranks
-from tests.tiny_models import tiny_hf_model
+from tests.tiny_models import Family, tiny_hf_model
 
 
-def tiny_run(folder: Path) -> dict[str, Any]:
+def tiny_run(folder: Path, family: Family = "llama") -> dict[str, Any]:
     """A run of a five-layer teacher and a four-layer student on few prompts, all written to `folder`; takes seconds."""
     for name, layers, seed in (("teacher", 5, 1), ("student", 4, 2)):
-        tiny_hf_model("llama", folder / name, num_layers=layers, seed=seed, std=0.1)
+        tiny_hf_model(family, folder / name, num_layers=layers, seed=seed, std=0.1)
     for name, first in (("train", 0), ("held_out", 50)):
         lines = [json.dumps({"prompt": f"say {number}"}) for number in range(first, first + 12)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
