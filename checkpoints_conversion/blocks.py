@@ -1,7 +1,7 @@
 """A rectangle of a Megatron parameter as a stream of bytes, made from rows of Hugging Face tensors, and the reverse.
 
-A block stays in the processor's cache while it is read, perhaps cast, summed and written. Memory does not depend on the size of a
-tensor.
+A block stays in the processor's cache while it is read, perhaps cast, summed and written. Memory does not depend on the size
+of a tensor.
 """
 
 from __future__ import annotations

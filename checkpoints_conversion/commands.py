@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from checkpoints_conversion.memory import peak_bytes
 from checkpoints_conversion.options import Options, Summary
 from checkpoints_conversion.progress import Progress
 from oprd_megatron.errors import UserError
@@ -245,9 +245,8 @@ def summary_line(summary: Summary, progress: Progress) -> str:
 
 
 def _peak_memory(progress: Progress) -> int:
-    """Bytes held at most: the sum of every process's own peak (of helpers that ended, the largest)."""
-    ended, own = (resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
-    return own + ended + sum(held for process, held in progress.memory.items() if process != os.getpid())
+    """Bytes held at most: the sum of every process's own peak."""
+    return peak_bytes() + sum(held for process, held in progress.memory.items() if process != os.getpid())
 
 
 def main() -> None:

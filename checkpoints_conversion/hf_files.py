@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.blocks import BLOCK_BYTES, scratch
 from checkpoints_conversion.casting import cast

@@ -20,12 +20,13 @@ import multiprocessing
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.architecture import Architecture, Sharding
 from checkpoints_conversion.blocks import BLOCK_BYTES, Rectangle, cut_rows, rectangle_blocks
@@ -35,6 +36,7 @@ from checkpoints_conversion.formats import copy_companions, model_architecture, 
 from checkpoints_conversion.interop import RUN_CONFIG, TRACKER, common_state, run_config_yaml
 from checkpoints_conversion.jobs import Records, publish, run_job
 from checkpoints_conversion.mappings import Mapping
+from checkpoints_conversion.memory import peak_bytes
 from checkpoints_conversion.options import Options, Summary
 from checkpoints_conversion.progress import Progress
 from checkpoints_conversion.reader import check_tensors
@@ -163,11 +165,12 @@ def import_hf(hf_dir: Path, out: Path, options: Options, progress: Progress) -> 
             raise CheckpointError(f"{hf_dir}: was changed while it was converted; convert it again with --overwrite")
         tensors = _stored_tensors(records)
         notes += companions.result()
-        notes += torch_side.submit(_write_tables, staging / RELEASE, arch, options, tensors).result()
+        more, process, held = torch_side.submit(_write_tables, staging / RELEASE, arch, options, tensors).result()
+        progress.memory[process] = held
     (staging / TRACKER).write_text(RELEASE, encoding="utf-8")
     publish(staging, out, {"identity": job.identity, "files": records})
     nbytes = sum(job.nbytes(file) for file in range(len(job.file_names)))
-    return Summary(str(out), len(tensors), nbytes, written, seconds, tuple(notes))
+    return Summary(str(out), len(tensors), nbytes, written, seconds, (*notes, *more))
 
 
 def _torch_side() -> Executor:
@@ -320,11 +323,13 @@ def _copy_companions(hf_dir: Path, folder: Path, arch: Architecture, strict: boo
     return notes + check_tokenizer(folder if weight_format(hf_dir) == "gguf" else hf_dir, arch, strict)
 
 
-def _write_tables(release: Path, arch: Architecture, options: Options, tensors: list[StoredTensor]) -> list[str]:
+def _write_tables(
+    release: Path, arch: Architecture, options: Options, tensors: list[StoredTensor]
+) -> tuple[list[str], int, int]:
     """What makes the chunks a checkpoint, `metadata.json` last; in a process of its own, for it needs torch.
 
     Returns:
-        What a user should know, one line each.
+        What a user should know, one line each; this process, and the most bytes that it held.
     """
     dtype = _main_dtype(tensors)
     padded = next(tensor.shape[0] for tensor in tensors if tensor.key == "embedding.word_embeddings.weight")
@@ -334,7 +339,7 @@ def _write_tables(release: Path, arch: Architecture, options: Options, tensors: 
     write_common(release, common)
     (release / RUN_CONFIG).write_text(run_config_yaml(arch, dtype, options.tp, options.pp, ep=1), encoding="utf-8")
     write_metadata(release, tensors, _write_objects(release / OBJECTS_FILE, arch))
-    return notes
+    return notes, os.getpid(), peak_bytes()
 
 
 def _write_objects(path: Path, arch: Architecture) -> list[StoredObject]:

@@ -20,8 +20,8 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import resource
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from checkpoints_conversion.memory import peak_bytes
 from checkpoints_conversion.progress import Progress
 from oprd_megatron.errors import CheckpointError
 
@@ -123,7 +124,8 @@ class _Pool:
         self._progress, self._guard, self.size = progress, guard, workers
         self._executor: ProcessPoolExecutor | None = None
         if workers > 1:
-            context = multiprocessing.get_context("spawn")
+            # A fork starts at once, but not safely where torch's threads run.
+            context = multiprocessing.get_context("spawn" if "torch" in sys.modules else "fork")
             self._executor = ProcessPoolExecutor(workers, context, _start_worker, (job, progress.share(context)))
         else:
             _start_worker(job, None, progress.advance)
@@ -198,7 +200,7 @@ def _write_segment(file: int, segment: int, path: Path) -> tuple[Records, int, i
     """The segment's records; this process, and the most bytes that it held so far."""
     job, advance = _WORKER
     records = job.write(file, segment, path, advance)
-    return records, os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return records, os.getpid(), peak_bytes()
 
 
 def _check_file(path: Path, records: Records) -> None:
@@ -230,7 +232,7 @@ def _write_missing(
     results: dict[int, dict[int, Records]] = {}
     segments: dict[Future[Any], tuple[int, int]] = {}
     waiting: set[Future[Any]] = set()
-    queue = iter([(file, segment) for file in todo for segment in range(job.num_segments(file))])
+    queue = iter(_spread(job, todo, pool.size))
     while True:
         for file, segment in queue:
             if file not in left:
@@ -253,6 +255,16 @@ def _write_missing(
                 done[name] = [record for _, records in sorted(results.pop(file).items()) for record in records]
                 _part(staging, name).rename(staging / name)
                 _append(journal, {"file": name, "records": done[name]})
+
+
+def _spread(job: Job, files: list[int], workers: int) -> list[tuple[int, int]]:
+    """(file, segment) in an order that keeps processes off each other's files: a system lets one at a time write to a file."""
+    queue = []
+    for first in range(0, len(files), workers):
+        some = files[first : first + workers]
+        for segment in range(max(job.num_segments(file) for file in some)):
+            queue += [(file, segment) for file in some if segment < job.num_segments(file)]
+    return queue
 
 
 def _part(staging: Path, name: str) -> Path:

@@ -102,8 +102,8 @@ def load_hf_tensors(
     arch: Architecture,
     expert_tp_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill this rank's parameters, in place, from whole tensors as they come: the way back of `stream_hf_weights`. None is held.
-    Not collective.
+    """Fill this rank's parameters, in place, from whole tensors as they come: the way back of `stream_hf_weights`. None is
+    held. Not collective.
 
     Args:
         model_chunks: unwrapped GPTModels of this rank.

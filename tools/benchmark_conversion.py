@@ -2,15 +2,16 @@
 
     python tools/benchmark_conversion.py --gib 8 --folder /somewhere/with/space
 
-Makes a random checkpoint of that size (Qwen2, bf16, several files), then in turns copies it with `cp -r`, imports it and exports
-the import again, each as a command of its own. Bytes of weights are divided by the time of the copying phase, which the command
-says, and by the time of the whole command, start of the interpreter included. Memory is the largest sum over the
-command's processes of their proportional set sizes, sampled from outside.
+Makes a random checkpoint of that size (Qwen2, bf16, several files), then in turns copies it with `cp -r`, imports it and
+exports the import again, each as a command of its own. Bytes of weights are divided by the time of the copying phase, which the
+command says, and by the time of the whole command, start of the interpreter included. Memory is the largest sum over the
+command's processes of their proportional set sizes, sampled from outside in a round of its own.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -87,19 +88,28 @@ def make_model(folder: Path, gib: float, max_shard_bytes: int) -> int:
     return sum(file.nbytes for file in files)
 
 
-def timed(command: list[str]) -> tuple[float, int, str]:
-    """Seconds, peak bytes of the process tree, and output of a command."""
+def run(command: list[str], sampled: bool) -> tuple[float, int, str]:
+    """Seconds, peak bytes of the process tree (if sampled, which takes time itself), and output of a command. What was written
+    before is on the disk when it starts."""
+    os.sync()
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     root, peak = psutil.Process(process.pid), 0
-    while process.poll() is None:
+    while sampled and process.poll() is None:
         peak = max(peak, tree_bytes(root))
-        time.sleep(0.05)
-    seconds = time.perf_counter() - started
+        time.sleep(0.02)
     out, err = process.communicate()
+    seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: {err.strip()}")
     return seconds, peak, out
+
+
+def warm(source: Path, copy: Path) -> None:
+    """Leave as much memory freshly freed as a command will write: on a virtual machine, memory that was never used comes slower
+    than memory that was, and each command is to find the same."""
+    shutil.copytree(source, copy)
+    shutil.rmtree(copy)
 
 
 def tree_bytes(root: psutil.Process) -> int:
@@ -116,7 +126,7 @@ def tree_bytes(root: psutil.Process) -> int:
 def main(
     gib: Annotated[float, typer.Option(help="Size of the random model.")] = 4.0,
     folder: Annotated[
-        Path | None, typer.Option(help="Where; needs four times that size. Left out, a temporary directory.")
+        Path | None, typer.Option(help="Where; needs three times that size. Left out, a temporary directory.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     workers: Annotated[int, typer.Option(min=1)] = 2,
@@ -126,7 +136,6 @@ def main(
     root = Path(tempfile.mkdtemp(prefix="convert_", dir=folder))
     try:
         source = root / "model"
-        results: dict[str, list[tuple[float, float, int]]] = {"cp": [], "import": [], "export": []}
         nbytes = make_model(source, gib, shard_mib * 2**20)
         print(f"{nbytes / 2**30:.2f} GiB in {len(list(source.glob('*.safetensors')))} files, {workers} workers")
         tool = [sys.executable, "-m", "checkpoints_conversion"]
@@ -136,36 +145,40 @@ def main(
             "import": [*tool, "import", str(source), str(root / "megatron"), *flags],
             "export": [*tool, "export", str(root / "megatron"), str(root / "back"), *flags],
         }
-        for _ in range(repeats):
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        peaks: dict[str, int] = {}
+        for sampled in [True, *[False] * repeats]:
             for name, command in steps.items():
-                seconds, peak, out = timed(command)
+                warm(source, root / "warm")
+                whole, peak, out = run(command, sampled)
                 copying = re.search(r" in ([\d.]+) s", out)
-                results[name].append((seconds, float(copying[1]) if copying else seconds, peak))
+                if sampled:
+                    peaks[name] = peak
+                else:
+                    seconds[name].append((whole, float(copying[1]) if copying else whole))
+                shutil.rmtree(root / "copy", ignore_errors=True)  # the page cache holds the source and two results
             if any(
                 (source / file.name).read_bytes() != file.read_bytes() for file in (root / "back").glob("*.safetensors")
             ):
                 print("WRONG: the round trip changed a file")
-            for name in ("copy", "megatron", "back"):
+            for name in ("megatron", "back"):
                 shutil.rmtree(root / name)
-        report(results, nbytes, shard_mib)
+        report(seconds, peaks, nbytes, 2 * shard_mib + 1024)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def report(results: dict[str, list[tuple[float, float, int]]], nbytes: int, shard_mib: int) -> None:
+def report(seconds: dict[str, list[tuple[float, float]]], peaks: dict[str, int], nbytes: int, bound_mib: int) -> None:
     """One line a command: medians, and the ratio to `cp` of the same round."""
-    bound = (2 * shard_mib + 1024) * 2**20
-    for name, rounds in results.items():
-        whole, copying, peak = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = [
-            statistics.median(cp[0] / mine[i] for cp, mine in zip(results["cp"], rounds, strict=True)) for i in (0, 1)
-        ]
-        line = f"{name:7} {nbytes / 2**30 / whole:5.2f} GiB/s whole command"
+    gib = nbytes / 2**30
+    for name, rounds in seconds.items():
+        whole, copying = (statistics.median(column) for column in zip(*rounds, strict=True))
+        line = f"{name:7} {gib / whole:5.2f} GiB/s whole command"
         if name != "cp":
-            line += (
-                f", {nbytes / 2**30 / copying:5.2f} GiB/s copying; of cp: {ratio[0]:.2f} whole, {ratio[1]:.2f} copying"
-            )
-            line += f"; peak {peak / 2**20:.0f} MiB (bound {bound / 2**20:.0f})"
+            pairs = list(zip(seconds["cp"], rounds, strict=True))
+            of_cp = [statistics.median(cp[0] / mine[i] for cp, mine in pairs) for i in (0, 1)]
+            line += f", {gib / copying:5.2f} GiB/s copying; of cp: {of_cp[0]:.2f} whole, {of_cp[1]:.2f} copying"
+            line += f"; peak memory {peaks[name] / 2**20:.0f} MiB (bound {bound_mib})"
         print(line)
 
 

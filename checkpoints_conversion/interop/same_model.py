@@ -21,7 +21,7 @@ from typing import Any
 
 from checkpoints_conversion.architecture import Architecture, LinearRope, Llama3Rope, LongRope
 from checkpoints_conversion.interop.notes import lacking_in_bridge, lacking_in_megatron_lm
-from checkpoints_conversion.interop.settings import CONVERTED_BY, RUN_CONFIG
+from checkpoints_conversion.interop.settings import CONVERTED_BY, RUN_CONFIG, bridge_model, megatron_args
 from checkpoints_conversion.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
@@ -100,15 +100,20 @@ def check_same_model(arch: Architecture, common: Settings, run_config: Settings 
     """
     args, model = _settings(common, "args"), _settings(run_config, "model")
     lacking: list[str] = []
+    of_args = of_model = _facts_of_architecture(arch)
+    is_ours = common.get("converted_by") == CONVERTED_BY
+    if is_ours:  # what neither package can say of this architecture is stored as the nearest that it can
+        of_args = _values(_facts_of_args(megatron_args(arch, "BF16", padded_vocab_size=arch.vocab_size)))
+        of_model = _values(_facts_of_model(bridge_model(arch, "BF16", 1, 1, 1)))
     if args is not None:
-        _compare(_facts_of_architecture(arch), _facts_of_args(args), f"{where}/common.pt: args")
+        _compare(of_args, _facts_of_args(args), f"{where}/common.pt: args")
         lacking += [f"Megatron-LM has no {what}" for what in lacking_in_megatron_lm(arch)] if model is None else []
     if model is not None:
-        _compare(_facts_of_architecture(arch), _facts_of_model(model), f"{where}/{RUN_CONFIG}: model")
+        _compare(of_model, _facts_of_model(model), f"{where}/{RUN_CONFIG}: model")
         lacking += [f"Megatron-Bridge has no {what}" for what in lacking_in_bridge(arch)]
     if args is None and model is None:
         return [f"{where}: stores no settings of its model; only names and shapes are compared with config.json"]
-    if common.get("converted_by") == CONVERTED_BY:
+    if is_ours:
         return []
     return [f"{where}: what wrote it cannot have computed what config.json says; {line}" for line in lacking]
 
@@ -278,6 +283,10 @@ def _windows(settings: Settings) -> Any:
     else:
         has_window = [not frequency or layer % frequency != 0 for layer in range(1, num_layers + 1)]
     return tuple(before + 1 if flag and before >= 0 else None for flag in has_window)  # -1: all
+
+
+def _values(facts: Mapping[str, Fact]) -> dict[str, Any]:
+    return {name: fact.value for name, fact in facts.items()}
 
 
 def _compare(expected: Mapping[str, Any], found: Mapping[str, Fact], where: str) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import stat
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.dtypes import ITEMSIZE
 from checkpoints_conversion.torch_dist.container import Span, StoredBlob, read_blob, read_data_pickle, read_directory

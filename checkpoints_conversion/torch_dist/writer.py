@@ -15,12 +15,13 @@ import json
 import math
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
+
+from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.dtypes import ITEMSIZE, TORCH_NAMES
 from checkpoints_conversion.torch_dist import container

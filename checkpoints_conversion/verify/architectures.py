@@ -66,7 +66,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError):
+    except Exception:  # parsers in other languages, which have no list of what they raise
         return None
 
 

@@ -83,6 +83,21 @@ def test_a_fixed_layout_holds_the_same(tmp_path: Path) -> None:
     assert_equal_models(back(megatron, tmp_path / "back"), tmp_path / "hf")
 
 
+def test_settings_that_no_package_can_say(tmp_path: Path) -> None:
+    """Gemma with its full-attention layers at irregular places comes back, though run_config.yaml can only say a regular place;
+    with another epsilon in the companion config it is refused by name."""
+    write_tiny_model(
+        "gemma3_text", tmp_path / "hf", num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    )  # fmt: skip
+    megatron = convert(tmp_path / "hf", tmp_path / "m")
+    assert_equal_models(back(megatron, tmp_path / "b"), tmp_path / "hf")
+    config = megatron / "hf" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(CheckpointError, match="norm"):
+        back(megatron, tmp_path / "b2")
+
+
 def test_several_workers_write_the_same_bytes(tmp_path: Path) -> None:
     """One process or three: equal files, manifest included."""
     write_tiny_model("llama", tmp_path / "hf", dtype=torch.bfloat16)

@@ -50,8 +50,7 @@ def test_killed_at_any_moment_and_continued(workers: int, tmp_path: Path) -> Non
         time.sleep(rng.uniform(0.0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if out.exists():
-            assert process.returncode == 0
+        if out.exists():  # it was whole before the kill came
             break
         journal = (staging / JOURNAL).read_text().split("\n")[1:-1]
         now = {name: (staging / name).stat().st_ino for name in (json.loads(line)["file"] for line in journal)}
@@ -70,10 +69,10 @@ def test_a_killed_conversion_leaves_no_process(tmp_path: Path) -> None:
     process = start(tmp_path / "out", 2, 5.0)
     deadline = time.monotonic() + 20
     children: list[str] = []
-    while len(children) < 3 and time.monotonic() < deadline:  # two workers, and multiprocessing's resource tracker
+    while len(children) < 2 and time.monotonic() < deadline:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         time.sleep(0.1)
-    assert len(children) == 3
+    assert len(children) == 2
     time.sleep(1.0)
     process.kill()
     process.wait()
