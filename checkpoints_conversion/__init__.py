@@ -1,13 +1,16 @@
 """Hugging Face <-> Megatron: one table of mappings per family, used to load, to export and to sync weights.
 
-Layers of the package, each importing only those above it:
     architecture    what a model is, how it is cut
     mappings        the named mappings: which rows are which
     families        config.json -> Architecture, Architecture -> table of mappings
+    files           files as bytes; safetensors
     reader          checks of a Hugging Face directory, and rows of its tensors on demand
-    live, writer    a live sharded model in and out; a directory written all or nothing
-    export          the two together
-Only the last line of these imports torch.
+    formats         the same for .bin and GGUF; tokenizer: what belongs to a model beside its weights
+    torch_dist      megatron-core's checkpoint format; interop: what other packages look for beside it
+    convert         import and export, resumable; commands: `oprd convert`
+    verify          do two models compute the same?  describe: what is this directory?
+    live            a live sharded model in and out
+Only `live` and `verify` import torch; `convert` has a helper process do so.
 """
 
 from checkpoints_conversion.architecture import Architecture, Llama3Rope, Sharding

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from checkpoints_conversion.memory import peak_bytes
-from checkpoints_conversion.options import Options, Summary
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.memory import peak_bytes
+from checkpoints_conversion.convert.options import Options, Summary
+from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.errors import UserError
 
 app = typer.Typer(
@@ -81,7 +81,7 @@ def import_command(
 
     Example: `oprd convert import Qwen2.5-72B-Instruct qwen72b_megatron`
     """
-    from checkpoints_conversion.hf_to_megatron import import_hf
+    from checkpoints_conversion.convert.hf_to_megatron import import_hf
 
     options = Options(
         _dtype(dtype), _size(max_shard_size), workers, resume, overwrite, strict, make_vocab_size_divisible_by, tp, pp
@@ -115,7 +115,7 @@ def export_command(
 
     Example: `oprd convert export qwen72b_megatron Qwen2.5-72B-back`
     """
-    from checkpoints_conversion.megatron_to_hf import export_megatron
+    from checkpoints_conversion.convert.megatron_to_hf import export_megatron
 
     options = Options(_dtype(dtype), _size(max_shard_size), workers, resume, overwrite, strict)
     _run(lambda progress: export_megatron(megatron_dir, out, options, progress, like), out)

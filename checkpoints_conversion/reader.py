@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from checkpoints_conversion.architecture import Architecture
-from checkpoints_conversion.dtypes import TORCH_NAMES, WEIGHT_DTYPES
 from checkpoints_conversion.families import mappings_for, read_architecture
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import shown
-from checkpoints_conversion.safetensors_file import SafetensorsFile
-from checkpoints_conversion.source import TensorSource
+from checkpoints_conversion.files.dtypes import TORCH_NAMES, WEIGHT_DTYPES
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import shown
+from checkpoints_conversion.files.safetensors_file import SafetensorsFile
+from checkpoints_conversion.files.source import TensorSource
 from oprd_megatron.errors import CheckpointError
 
 if TYPE_CHECKING:

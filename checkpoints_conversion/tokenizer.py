@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.architecture import Architecture
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import quoted, reason, shown
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import quoted, reason, shown
+from checkpoints_conversion.files.regular_file import read_whole
 from checkpoints_conversion.reader import refuse_foreign_file
-from checkpoints_conversion.regular_file import read_whole
 from oprd_megatron.errors import CheckpointError
 
 COMPANION_PATTERNS = (

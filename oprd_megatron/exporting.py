@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints_conversion.megatron_to_hf import export_megatron
-from checkpoints_conversion.options import Options, Summary
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.megatron_to_hf import export_megatron
+from checkpoints_conversion.convert.options import Options, Summary
+from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.checkpoint import find_checkpoint
 from oprd_megatron.config import load_config
 from oprd_megatron.errors import CheckpointError

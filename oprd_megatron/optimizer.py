@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from checkpoints_conversion.live import canonical_parameters, stream_hf_tensors
+from checkpoints_conversion.live.weights import canonical_parameters, stream_hf_tensors
 from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.grid import as_world

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion import Architecture
-from checkpoints_conversion.export import export_hf
+from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.config.schema import ModelConfig, StudentConfig
 from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.models import DTYPES, Model, build_model

@@ -27,10 +27,10 @@ import psutil
 import typer
 
 from checkpoints_conversion import mappings_for, read_architecture
-from checkpoints_conversion.hf_files import HFFilesJob, PlannedTensor, plan_hf_files, write_index
-from checkpoints_conversion.jobs import JOURNAL, run_job
-from checkpoints_conversion.progress import Progress
-from checkpoints_conversion.source import TensorSource
+from checkpoints_conversion.convert.hf_files import HFFilesJob, PlannedTensor, plan_hf_files, write_index
+from checkpoints_conversion.convert.jobs import JOURNAL, run_job
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.files.source import TensorSource
 
 HIDDEN, FFN, VOCAB = 2048, 8192, 50_000
 CONFIG = {

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.hf_files import check_hf_file
-from checkpoints_conversion.hf_to_megatron import RELEASE, check_chunks
+from checkpoints_conversion.convert.hf_files import check_hf_file
+from checkpoints_conversion.convert.hf_to_megatron import RELEASE, check_chunks
+from checkpoints_conversion.convert.jobs import MANIFEST
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.convert.targets import read_manifest
+from checkpoints_conversion.files.messages import reason
 from checkpoints_conversion.interop import find_checkpoint_dir
-from checkpoints_conversion.jobs import MANIFEST
 from checkpoints_conversion.kinds import is_megatron
-from checkpoints_conversion.messages import reason
-from checkpoints_conversion.progress import Progress
-from checkpoints_conversion.targets import read_manifest
 from checkpoints_conversion.torch_dist import TorchDistReader
 from oprd_megatron.errors import CheckpointError
 

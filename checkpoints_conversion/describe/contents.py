@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.architecture import Architecture
+from checkpoints_conversion.convert.jobs import staging_of
+from checkpoints_conversion.convert.megatron_source import MegatronSource
+from checkpoints_conversion.convert.megatron_to_hf import companions_of
+from checkpoints_conversion.convert.targets import read_manifest
 from checkpoints_conversion.describe.description import Description, StoredTensorRow
 from checkpoints_conversion.describe.tokenizers import tokenizer_line
 from checkpoints_conversion.describe.unfinished import describe_unfinished
-from checkpoints_conversion.dtypes import ITEMSIZE
 from checkpoints_conversion.families import mappings_for, read_architecture
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.messages import quoted, reason
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import model_architecture, open_source, weight_format
 from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, read_run_config
 from checkpoints_conversion.interop.settings import CONVERTED_BY
-from checkpoints_conversion.jobs import staging_of
 from checkpoints_conversion.kinds import is_megatron
-from checkpoints_conversion.megatron_source import MegatronSource
-from checkpoints_conversion.megatron_to_hf import companions_of
-from checkpoints_conversion.messages import quoted, reason
 from checkpoints_conversion.reader import check_tensors
-from checkpoints_conversion.source import TensorSource
-from checkpoints_conversion.targets import read_manifest
 from checkpoints_conversion.torch_dist import TorchDistReader, read_common
 from oprd_megatron.errors import CheckpointError
 

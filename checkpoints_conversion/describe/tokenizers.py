@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import shown
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import shown
 from oprd_megatron.errors import CheckpointError
 
 

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from checkpoints_conversion.convert.jobs import JOURNAL
+from checkpoints_conversion.convert.options import Options
 from checkpoints_conversion.describe.description import Description, size
-from checkpoints_conversion.jobs import JOURNAL
-from checkpoints_conversion.options import Options
-from checkpoints_conversion.regular_file import read_whole
+from checkpoints_conversion.files.regular_file import read_whole
 from oprd_megatron.errors import CheckpointError
 
 MAX_BYTES = 2**30

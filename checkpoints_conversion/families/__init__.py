@@ -12,8 +12,8 @@ from checkpoints_conversion.families.phi3 import PHI3
 from checkpoints_conversion.families.qwen2 import QWEN2
 from checkpoints_conversion.families.qwen3 import QWEN3
 from checkpoints_conversion.families.qwen3_moe import QWEN3_MOE
+from checkpoints_conversion.files.messages import quoted
 from checkpoints_conversion.mappings import Mapping
-from checkpoints_conversion.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {

@@ -15,8 +15,8 @@ from checkpoints_conversion import mappings as m
 from checkpoints_conversion.architecture import Architecture
 from checkpoints_conversion.families.rope import ROPE_KEYS, Rope, read_rope
 from checkpoints_conversion.families.values import read_flag, read_number, read_size
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import quoted
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
 READ_KEYS = ROPE_KEYS | {

@@ -9,7 +9,7 @@ from checkpoints_conversion.families.base import Family, attention_rows
 from checkpoints_conversion.families.experts import HARMLESS_ROUTER_KEYS, expert_rows, with_experts
 from checkpoints_conversion.families.qwen3 import qk_norm_rows
 from checkpoints_conversion.families.values import read_flag, read_size
-from checkpoints_conversion.messages import shown
+from checkpoints_conversion.files.messages import shown
 from oprd_megatron.errors import CheckpointError
 
 _COUNTS = ("num_experts", "num_local_experts")

@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints_conversion.architecture import LinearRope, Llama3Rope, LongRope
 from checkpoints_conversion.families.values import read_number, read_numbers, read_size
-from checkpoints_conversion.messages import quoted, shown
+from checkpoints_conversion.files.messages import quoted, shown
 from oprd_megatron.errors import CheckpointError
 
 ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta"})

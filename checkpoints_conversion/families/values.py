@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.messages import quoted
+from checkpoints_conversion.files.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
 MAX_SIZE = 2**31

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from checkpoints_conversion.dtypes import ITEMSIZE, TORCH_NAMES
-from checkpoints_conversion.messages import reason, shown
+from checkpoints_conversion.files.dtypes import ITEMSIZE, TORCH_NAMES
+from checkpoints_conversion.files.messages import reason, shown
+from checkpoints_conversion.files.regular_file import open_regular, read_at
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.reader import weight_files
-from checkpoints_conversion.regular_file import open_regular, read_at
-from checkpoints_conversion.source import TensorSource
 from checkpoints_conversion.torch_dist.container import (
     Span,
     data_start,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints_conversion.families.base import read_config
+from checkpoints_conversion.files.messages import shown
 from checkpoints_conversion.formats.bin import INDEX_FILE as BIN_INDEX
 from checkpoints_conversion.formats.bin import SINGLE_FILE as BIN_FILE
 from checkpoints_conversion.formats.gguf_model import SPLIT_NAME
-from checkpoints_conversion.messages import shown
 from checkpoints_conversion.reader import INDEX_FILE, SINGLE_FILE, refuse_foreign_file
 from oprd_megatron.errors import CheckpointError
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_conversion.architecture import Architecture
-from checkpoints_conversion.dtypes import ITEMSIZE
 from checkpoints_conversion.families import FAMILIES
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats.gguf_config import gguf_config
 from checkpoints_conversion.formats.gguf_file import BLOCK_BYTES, PLAIN_DTYPES, GGUFTensor
 from checkpoints_conversion.formats.gguf_model import GGUFModel
-from checkpoints_conversion.source import TensorSource
 
 USED_UP = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Tensors that became a part of the config."""

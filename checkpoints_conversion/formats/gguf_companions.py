@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from checkpoints_conversion.files.messages import quoted, reason
 from checkpoints_conversion.formats.gguf_config import gguf_config
 from checkpoints_conversion.formats.gguf_model import GGUFModel
-from checkpoints_conversion.messages import quoted, reason
 from oprd_megatron.errors import CheckpointError
 
 GPT2_MODEL = "gpt2"

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_conversion.dtypes import TORCH_NAMES
 from checkpoints_conversion.families.values import read_number, read_size
+from checkpoints_conversion.files.dtypes import TORCH_NAMES
+from checkpoints_conversion.files.messages import quoted, shown
 from checkpoints_conversion.formats.gguf_model import GGUFModel
-from checkpoints_conversion.messages import quoted, shown
 from oprd_megatron.errors import CheckpointError
 
 _SIZES = {

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_conversion.messages import reason, shown
-from checkpoints_conversion.regular_file import open_regular, read_at
+from checkpoints_conversion.files.messages import reason, shown
+from checkpoints_conversion.files.regular_file import open_regular, read_at
 from oprd_megatron.errors import CheckpointError
 
 MAGIC = b"GGUF"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_conversion.files.messages import quoted, shown
 from checkpoints_conversion.formats.gguf_file import GGUFFile, GGUFTensor
-from checkpoints_conversion.messages import quoted, shown
 from oprd_megatron.errors import CheckpointError
 
 SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)

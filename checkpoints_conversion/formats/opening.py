@@ -9,6 +9,7 @@ from checkpoints_conversion import tokenizer
 from checkpoints_conversion.architecture import Architecture
 from checkpoints_conversion.families import FAMILIES, read_architecture
 from checkpoints_conversion.families.base import read_config
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats.bin import BinSource
 from checkpoints_conversion.formats.detect import gguf_file, weight_format
 from checkpoints_conversion.formats.gguf import GGUFSource
@@ -16,7 +17,6 @@ from checkpoints_conversion.formats.gguf_companions import write_gguf_companions
 from checkpoints_conversion.formats.gguf_config import gguf_config
 from checkpoints_conversion.formats.gguf_model import GGUFModel
 from checkpoints_conversion.reader import HFReader
-from checkpoints_conversion.source import TensorSource
 
 
 def open_source(path: Path) -> TensorSource:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import quoted, shown
+from checkpoints_conversion.files.regular_file import read_whole
 from checkpoints_conversion.interop.settings import TRACKER
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import quoted, shown
-from checkpoints_conversion.regular_file import read_whole
 from oprd_megatron.errors import CheckpointError
 
 FORMAT_FILE = "metadata.json"

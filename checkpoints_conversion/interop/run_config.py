@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from checkpoints_conversion.files.messages import reason
+from checkpoints_conversion.files.regular_file import read_whole
 from checkpoints_conversion.interop.settings import RUN_CONFIG
-from checkpoints_conversion.messages import reason
-from checkpoints_conversion.regular_file import read_whole
 from oprd_megatron.errors import CheckpointError
 
 MAX_BYTES = 2**20

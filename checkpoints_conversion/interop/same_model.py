@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion.architecture import Architecture, LinearRope, Llama3Rope, LongRope
+from checkpoints_conversion.files.messages import quoted
 from checkpoints_conversion.interop.notes import lacking_in_bridge, lacking_in_megatron_lm
 from checkpoints_conversion.interop.settings import CONVERTED_BY, RUN_CONFIG, bridge_model, megatron_args
-from checkpoints_conversion.messages import quoted
 from oprd_megatron.errors import CheckpointError
 
 Settings = Mapping[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE, Architecture, LinearRope, Llama3Rope
-from checkpoints_conversion.dtypes import TORCH_NAMES
+from checkpoints_conversion.files.dtypes import TORCH_NAMES
 from checkpoints_conversion.interop.notes import notes_for
 from checkpoints_conversion.interop.windows import full_attention_period, window_settings
 

@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.torch_dist.pickles import PERSISTENT, Global, Malformed, Record, read_pickle
 
 STORAGES = {

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.torch_dist.container import MAX_DIMS, is_count
 from checkpoints_conversion.torch_dist.pickles import Malformed, Record
 

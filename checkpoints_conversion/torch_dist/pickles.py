@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
+from checkpoints_conversion.files.dtypes import SAFETENSORS_NAMES
 
 PERSISTENT = "<persistent>"
 """Name of the record that stands for an object outside the pickle; its arguments are what identifies it."""

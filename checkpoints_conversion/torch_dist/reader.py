@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from zlib_ng import zlib_ng as zlib
 
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.torch_dist.container import Span, StoredBlob, read_blob, read_data_pickle, read_directory
 from checkpoints_conversion.torch_dist.layout import (
     Chunk,

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from zlib_ng import zlib_ng as zlib
 
-from checkpoints_conversion.dtypes import ITEMSIZE, TORCH_NAMES
+from checkpoints_conversion.files.dtypes import ITEMSIZE, TORCH_NAMES
 from checkpoints_conversion.torch_dist import container
 from checkpoints_conversion.torch_dist.container import STORAGES, row_major
 from checkpoints_conversion.torch_dist.layout import ChunkIndex, StoredObject, StoredTensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints_conversion.architecture import Architecture, Sharding
 from checkpoints_conversion.families import mappings_for
-from checkpoints_conversion.live import canonical_parameters
+from checkpoints_conversion.live.weights import canonical_parameters
 from checkpoints_conversion.mappings import Mapping
 from checkpoints_conversion.verify.sides import Side
 from checkpoints_conversion.verify.streaming import (

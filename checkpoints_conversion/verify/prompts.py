@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from checkpoints_conversion.architecture import Architecture, LongRope
-from checkpoints_conversion.json_file import parse
-from checkpoints_conversion.messages import reason
-from checkpoints_conversion.regular_file import read_whole
+from checkpoints_conversion.files.json_file import parse
+from checkpoints_conversion.files.messages import reason
+from checkpoints_conversion.files.regular_file import read_whole
 from oprd_megatron.errors import DataError
 
 TEXTS = (

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from checkpoints_conversion.dtypes import ITEMSIZE
-from checkpoints_conversion.memory import peak_bytes
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.memory import peak_bytes
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.verify.architectures import compare_architectures, compare_tokenizers, load_tokenizer
 from checkpoints_conversion.verify.prompts import make_prompts
 from checkpoints_conversion.verify.report import Report, SideSummary

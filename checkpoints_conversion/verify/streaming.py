@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints_conversion.dtypes import TORCH_NAMES
+from checkpoints_conversion.files.dtypes import TORCH_NAMES
 from checkpoints_conversion.reader import read_rows
 from checkpoints_conversion.verify.sides import Side
 

@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from checkpoints_conversion.casting import cast
-from checkpoints_conversion.dtypes import ITEMSIZE
-from checkpoints_conversion.messages import shown
-from checkpoints_conversion.source import TensorSource
+from checkpoints_conversion.convert.casting import cast
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.messages import shown
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.verify.sides import Side
 from oprd_megatron.errors import CheckpointError
 

@@ -28,7 +28,7 @@ from megatron.core.utils import unwrap_model
 
 from checkpoints_conversion import Architecture, Sharding
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE
-from checkpoints_conversion.live import load_hf_weights
+from checkpoints_conversion.live.weights import load_hf_weights
 from oprd_megatron.config.schema import RecomputeConfig
 from oprd_megatron.models.experts import expert_settings
 from oprd_megatron.models.norm import NormedRowParallelLinear

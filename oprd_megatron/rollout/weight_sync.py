@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from checkpoints_conversion.live import stream_hf_weights
+from checkpoints_conversion.live.weights import stream_hf_weights
 from oprd_megatron.errors import WeightSyncError
 from oprd_megatron.models import Model, run_schedule
 from oprd_megatron.objectives.final_states import FinalStates, head_log_probs

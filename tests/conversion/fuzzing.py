@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion import check_model, read_architecture
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import copy_companions, model_architecture, open_source
 from checkpoints_conversion.reader import HFReader, check_tensors, read_rows
-from checkpoints_conversion.source import TensorSource
 from checkpoints_conversion.tokenizer import check_tokenizer, companion_files
 from oprd_megatron.errors import CheckpointError
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_conversion.hf_files import HFFilesJob, PlannedTensor, plan_hf_files, write_index
-from checkpoints_conversion.jobs import publish, run_job, staging_of
-from checkpoints_conversion.progress import Progress
-from checkpoints_conversion.source import TensorSource
+from checkpoints_conversion.convert.hf_files import HFFilesJob, PlannedTensor, plan_hf_files, write_index
+from checkpoints_conversion.convert.jobs import publish, run_job, staging_of
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.files.source import TensorSource
 
 SHAPES = {f"model.layers.{i}.w": (20 + i, 30) for i in range(24)}
 SHARD_BYTES = 8000

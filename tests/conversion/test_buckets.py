@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from checkpoints_conversion.buckets import Manifest, check_stream, checksum, in_buckets
+from checkpoints_conversion.live.buckets import Manifest, check_stream, checksum, in_buckets
 from oprd_megatron.errors import WeightSyncError
 
 

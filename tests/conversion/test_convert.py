@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints_conversion import read_architecture
-from checkpoints_conversion.hf_to_megatron import import_hf
-from checkpoints_conversion.jobs import staging_of
-from checkpoints_conversion.megatron_to_hf import export_megatron
-from checkpoints_conversion.options import Options
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.hf_to_megatron import import_hf
+from checkpoints_conversion.convert.jobs import staging_of
+from checkpoints_conversion.convert.megatron_to_hf import export_megatron
+from checkpoints_conversion.convert.options import Options
+from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.errors import CheckpointError, LayoutError
 from tests.tiny_models import tiny_tokenizer
 
@@ -202,7 +202,7 @@ def test_overwrite_and_resume(tmp_path: Path) -> None:
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Someone writes the input during the conversion: one line, and no output."""
-    from checkpoints_conversion import hf_to_megatron
+    from checkpoints_conversion.convert import hf_to_megatron
 
     source, out = tmp_path / "hf", tmp_path / "out"
     write_tiny_model("llama", source)

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import Architecture, Sharding, check_model
-from checkpoints_conversion.live import load_hf_weights, stream_hf_weights
+from checkpoints_conversion.live.weights import load_hf_weights, stream_hf_weights
 from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.models.experts import expert_settings
 from oprd_megatron.parallel.grid import init_mcore_globals

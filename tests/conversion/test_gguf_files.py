@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from checkpoints_conversion import read_architecture
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import copy_companions, model_architecture, model_config, open_source, weight_format
 from checkpoints_conversion.formats.gguf_config import llama3_factors
 from checkpoints_conversion.reader import check_tensors, read_rows
-from checkpoints_conversion.source import TensorSource
 from checkpoints_conversion.tokenizer import check_tokenizer
 from oprd_megatron.errors import CheckpointError
 from tests.tiny_models import tiny_tokenizer

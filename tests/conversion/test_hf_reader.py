@@ -10,7 +10,7 @@ from conversion_models import FAMILIES, write_tiny_model
 from safetensors.torch import load_file, save_file
 
 from checkpoints_conversion import HFReader, Sharding, check_model, read_architecture
-from checkpoints_conversion.live import load_hf_weights
+from checkpoints_conversion.live.weights import load_hf_weights
 from oprd_megatron.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import check_model
-from checkpoints_conversion.writer import write_hf_directory
+from checkpoints_conversion.live.writer import write_hf_directory
 from oprd_megatron.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

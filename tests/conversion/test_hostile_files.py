@@ -13,9 +13,9 @@ import pytest
 from conversion_models import write_tiny_model
 
 from checkpoints_conversion import HFReader, check_model, read_architecture
+from checkpoints_conversion.files.json_file import read_json
+from checkpoints_conversion.files.messages import quoted, reason, shown
 from checkpoints_conversion.formats import model_config, open_source, weight_format
-from checkpoints_conversion.json_file import read_json
-from checkpoints_conversion.messages import quoted, reason, shown
 from oprd_megatron.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -14,12 +14,12 @@ from conversion_models import write_tiny_model
 from gguf_files import tiny_gguf_model, write_gguf
 from safetensors.torch import load_file, save_file
 
+from checkpoints_conversion.convert.hf_to_megatron import import_hf
+from checkpoints_conversion.convert.jobs import JOURNAL
+from checkpoints_conversion.convert.megatron_to_hf import export_megatron
+from checkpoints_conversion.convert.options import Options
+from checkpoints_conversion.convert.progress import Progress
 from checkpoints_conversion.describe import check_checksums, describe, description_text
-from checkpoints_conversion.hf_to_megatron import import_hf
-from checkpoints_conversion.jobs import JOURNAL
-from checkpoints_conversion.megatron_to_hf import export_megatron
-from checkpoints_conversion.options import Options
-from checkpoints_conversion.progress import Progress
 from checkpoints_conversion.torch_dist import write_common
 from oprd_megatron.errors import CheckpointError
 from tests.tiny_models import tiny_tokenizer

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 from slow_conversion import SHAPES, convert, expected, job
 
-from checkpoints_conversion.jobs import JOURNAL, MANIFEST, run_job, staging_of
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.jobs import JOURNAL, MANIFEST, run_job, staging_of
+from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.errors import CheckpointError
 
 SCRIPT = Path(__file__).with_name("slow_conversion.py")

@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints_conversion import Architecture, Sharding, check_model
-from checkpoints_conversion.buckets import Manifest, check_stream, in_buckets
-from checkpoints_conversion.export import export_hf
-from checkpoints_conversion.live import canonical_parameters, load_hf_tensors, load_hf_weights, stream_hf_weights
+from checkpoints_conversion.live.buckets import Manifest, check_stream, in_buckets
+from checkpoints_conversion.live.export import export_hf
+from checkpoints_conversion.live.weights import (
+    canonical_parameters,
+    load_hf_tensors,
+    load_hf_weights,
+    stream_hf_weights,
+)
 from oprd_megatron.errors import CheckpointError, LayoutError, WeightSyncError
 from tests.ranks import run_ranks
 

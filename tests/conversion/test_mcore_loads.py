@@ -14,11 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
 from checkpoints_conversion import Architecture, HFReader, Sharding, mappings_for, read_architecture
-from checkpoints_conversion.hf_to_megatron import import_hf
-from checkpoints_conversion.live import canonical_parameters
-from checkpoints_conversion.megatron_to_hf import export_megatron
-from checkpoints_conversion.options import Options
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.hf_to_megatron import import_hf
+from checkpoints_conversion.convert.megatron_to_hf import export_megatron
+from checkpoints_conversion.convert.options import Options
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.live.weights import canonical_parameters
 from oprd_megatron.models.experts import expert_settings
 from oprd_megatron.parallel.grid import init_mcore_globals
 from oprd_megatron.platform import select_platform

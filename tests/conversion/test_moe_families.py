@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoints_conversion import Sharding, check_model, mappings_for, read_architecture
 from checkpoints_conversion.architecture import Experts
-from checkpoints_conversion.live import canonical_parameters, load_hf_weights, stream_hf_weights
+from checkpoints_conversion.live.weights import canonical_parameters, load_hf_weights, stream_hf_weights
 from oprd_megatron.errors import CheckpointError
 from tests.moe_configs import MIXTRAL_8X7B, MIXTRAL_8X22B, QWEN3_30B_A3B, QWEN3_235B_A22B
 from tests.qwen_configs import write_config

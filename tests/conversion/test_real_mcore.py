@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints_conversion import check_model
-from checkpoints_conversion.live import stream_hf_weights
+from checkpoints_conversion.live.weights import stream_hf_weights
 from oprd_megatron.models import MicroBatch, Model, build_model
 from oprd_megatron.parallel import GridLayout
 from oprd_megatron.parallel.grid import build_grid, init_mcore_globals

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from checkpoints_conversion import Architecture, Sharding, mappings_for
 from checkpoints_conversion.architecture import Experts
-from checkpoints_conversion.stored_names import canonical_place, extra_state_keys, stored_place
+from checkpoints_conversion.convert.stored_names import canonical_place, extra_state_keys, stored_place
 from checkpoints_conversion.torch_dist import (
     Chunk,
     ChunkWriter,

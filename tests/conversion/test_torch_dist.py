@@ -28,7 +28,7 @@ from test_real_mcore import build
 from torch import Tensor
 from torch_dist_files import bytes_of, dtype_name, grid, random_tensor, read, read_all, write_checkpoint
 
-from checkpoints_conversion.dtypes import TORCH_NAMES
+from checkpoints_conversion.files.dtypes import TORCH_NAMES
 from checkpoints_conversion.torch_dist import (
     ChunkWriter,
     Record,

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import FAMILIES
-from checkpoints_conversion.hf_to_megatron import import_hf
-from checkpoints_conversion.options import Options
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.hf_to_megatron import import_hf
+from checkpoints_conversion.convert.options import Options
+from checkpoints_conversion.convert.progress import Progress
 from checkpoints_conversion.verify import Report, VerifyOptions, report_text, streaming, verify
 from checkpoints_conversion.verify import tensors as tensors_module
 from checkpoints_conversion.verify.sides import open_side

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
+from checkpoints_conversion.files.dtypes import SAFETENSORS_NAMES
 from checkpoints_conversion.torch_dist import (
     Chunk,
     ChunkWriter,

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion import read_architecture
-from checkpoints_conversion.live import stream_hf_weights
+from checkpoints_conversion.live.weights import stream_hf_weights
 from oprd_megatron.models import Model, build_model
 from oprd_megatron.optimizer import build_optimizer, stream_gradients
 from oprd_megatron.parallel import GridLayout, check_ranks, resolve_layout, tp_divisible

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import mappings_for, read_architecture
-from checkpoints_conversion.live import canonical_parameters
+from checkpoints_conversion.live.weights import canonical_parameters
 from oprd_megatron.config.schema import DistillConfig, OptimizerConfig, ParallelConfig
 from oprd_megatron.models import build_model
 from oprd_megatron.optimizer import build_optimizer

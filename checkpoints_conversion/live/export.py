@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoints_conversion.architecture import Architecture, Sharding
-from checkpoints_conversion.live import stream_hf_weights
-from checkpoints_conversion.writer import write_hf_directory
+from checkpoints_conversion.live.weights import stream_hf_weights
+from checkpoints_conversion.live.writer import write_hf_directory
 
 
 def export_hf(

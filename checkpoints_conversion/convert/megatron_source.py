@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints_conversion.architecture import Architecture, Sharding
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.convert.stored_names import stored_place
 from checkpoints_conversion.families import mappings_for
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.mappings import QKV, AttentionOutput, Copy, Mapping, VocabParallel
-from checkpoints_conversion.source import TensorSource
-from checkpoints_conversion.stored_names import stored_place
 from checkpoints_conversion.torch_dist import TorchDistReader
 from oprd_megatron.errors import CheckpointError
 

@@ -16,14 +16,14 @@ from typing import Any
 
 from zlib_ng import zlib_ng as zlib
 
-from checkpoints_conversion.blocks import BLOCK_BYTES, scratch
-from checkpoints_conversion.casting import cast
-from checkpoints_conversion.dtypes import ITEMSIZE, TORCH_NAMES
+from checkpoints_conversion.convert.blocks import BLOCK_BYTES, scratch
+from checkpoints_conversion.convert.casting import cast
+from checkpoints_conversion.convert.jobs import Records
 from checkpoints_conversion.families.base import read_config
-from checkpoints_conversion.jobs import Records
+from checkpoints_conversion.files.dtypes import ITEMSIZE, TORCH_NAMES
+from checkpoints_conversion.files.safetensors_file import SafetensorsFile, safetensors_header
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.reader import INDEX_FILE, SINGLE_FILE
-from checkpoints_conversion.safetensors_file import SafetensorsFile, safetensors_header
-from checkpoints_conversion.source import TensorSource
 from checkpoints_conversion.tokenizer import copy_companions
 from oprd_megatron.errors import CheckpointError
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_conversion.dtypes import ITEMSIZE
-from checkpoints_conversion.json_file import parse
-from checkpoints_conversion.messages import quoted, reason, shown
-from checkpoints_conversion.regular_file import open_regular, read_at
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.json_file import parse
+from checkpoints_conversion.files.messages import quoted, reason, shown
+from checkpoints_conversion.files.regular_file import open_regular, read_at
 from oprd_megatron.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000

@@ -29,20 +29,20 @@ from typing import Any
 from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.architecture import Architecture, Sharding
-from checkpoints_conversion.blocks import BLOCK_BYTES, Rectangle, cut_rows, rectangle_blocks
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.convert.blocks import BLOCK_BYTES, Rectangle, cut_rows, rectangle_blocks
+from checkpoints_conversion.convert.jobs import Records, publish, run_job
+from checkpoints_conversion.convert.memory import peak_bytes
+from checkpoints_conversion.convert.options import Options, Summary
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.convert.stored_names import canonical_place, extra_state_keys, second_key
+from checkpoints_conversion.convert.targets import fingerprint, is_complete, prepare_target
 from checkpoints_conversion.families import mappings_for
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import copy_companions, model_architecture, open_source, weight_format
 from checkpoints_conversion.interop import RUN_CONFIG, TRACKER, common_state, run_config_yaml
-from checkpoints_conversion.jobs import Records, publish, run_job
 from checkpoints_conversion.mappings import Mapping
-from checkpoints_conversion.memory import peak_bytes
-from checkpoints_conversion.options import Options, Summary
-from checkpoints_conversion.progress import Progress
 from checkpoints_conversion.reader import check_tensors
-from checkpoints_conversion.source import TensorSource
-from checkpoints_conversion.stored_names import canonical_place, extra_state_keys, second_key
-from checkpoints_conversion.targets import fingerprint, is_complete, prepare_target
 from checkpoints_conversion.tokenizer import check_tokenizer
 from checkpoints_conversion.torch_dist import (
     Chunk,

@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from checkpoints_conversion.convert.hf_files import (
+    HFFilesJob,
+    PlannedTensor,
+    plan_hf_files,
+    write_companions,
+    write_index,
+)
+from checkpoints_conversion.convert.hf_to_megatron import COMPANIONS
+from checkpoints_conversion.convert.jobs import publish, run_job
+from checkpoints_conversion.convert.megatron_source import MegatronSource
+from checkpoints_conversion.convert.options import Options, Summary
+from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.convert.targets import fingerprint, is_complete, prepare_target
 from checkpoints_conversion.families import mappings_for, read_architecture
-from checkpoints_conversion.hf_files import HFFilesJob, PlannedTensor, plan_hf_files, write_companions, write_index
-from checkpoints_conversion.hf_to_megatron import COMPANIONS
 from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, read_run_config
-from checkpoints_conversion.jobs import publish, run_job
-from checkpoints_conversion.megatron_source import MegatronSource
-from checkpoints_conversion.options import Options, Summary
-from checkpoints_conversion.progress import Progress
 from checkpoints_conversion.reader import check_model
-from checkpoints_conversion.targets import fingerprint, is_complete, prepare_target
 from checkpoints_conversion.torch_dist import read_common
 from oprd_megatron.errors import CheckpointError
 

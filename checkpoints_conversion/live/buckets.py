@@ -1,10 +1,10 @@
 """Weights on their way from a live sharded model to whoever holds them under Hugging Face names, and back.
 
-    stream_hf_weights(..)      (name, tensor), whole, in the order of the table          live.py
+    stream_hf_weights(..)      (name, tensor), whole, in the order of the table          weights.py
       in_buckets(..)           the same in buckets of bounded size, each one buffer that can be sent as it is
         Manifest.add(..)       what was sent: names, shapes, dtypes, checksums
     check_stream(..)           the receiver's side: in order, complete, unchanged
-      load_hf_tensors(..)      into a live sharded model                                 live.py
+      load_hf_tensors(..)      into a live sharded model                                 weights.py
 
 A checksum is two sums of the tensor's bits, read as integers, modulo 2**64: all of them, and row by row, each row times its
 number, so that neither a changed number nor two swapped rows pass. It is the same on any device and needs no copy.
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
+from checkpoints_conversion.files.dtypes import SAFETENSORS_NAMES
 from oprd_megatron.errors import WeightSyncError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

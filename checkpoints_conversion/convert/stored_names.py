@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from checkpoints_conversion.architecture import Architecture
-from checkpoints_conversion.messages import shown
+from checkpoints_conversion.files.messages import shown
 from oprd_megatron.errors import CheckpointError
 
 FUSED_NORMS = {

@@ -30,8 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from checkpoints_conversion.memory import peak_bytes
-from checkpoints_conversion.progress import Progress
+from checkpoints_conversion.convert.memory import peak_bytes
+from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.errors import CheckpointError
 
 JOURNAL = "journal.jsonl"

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints_conversion.dtypes import SAFETENSORS_NAMES
-from checkpoints_conversion.hf_files import write_companions
+from checkpoints_conversion.convert.hf_files import write_companions
+from checkpoints_conversion.files.dtypes import SAFETENSORS_NAMES
 from checkpoints_conversion.reader import INDEX_FILE, SINGLE_FILE, check_model
 from oprd_megatron.errors import CheckpointError
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checkpoints_conversion.casting import cast
-from checkpoints_conversion.dtypes import ITEMSIZE
+from checkpoints_conversion.convert.casting import cast
+from checkpoints_conversion.files.dtypes import ITEMSIZE
+from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.mappings import Copy
-from checkpoints_conversion.source import TensorSource
 
 BLOCK_BYTES = 512 * 2**10
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.jobs import MANIFEST, staging_of
-from checkpoints_conversion.options import Options
+from checkpoints_conversion.convert.jobs import MANIFEST, staging_of
+from checkpoints_conversion.convert.options import Options
 from oprd_megatron.errors import CheckpointError
 
 

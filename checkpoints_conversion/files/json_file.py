@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion.messages import reason, shown
-from checkpoints_conversion.regular_file import read_whole
+from checkpoints_conversion.files.messages import reason, shown
+from checkpoints_conversion.files.regular_file import read_whole
 from oprd_megatron.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**20

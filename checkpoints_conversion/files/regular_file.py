@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from checkpoints_conversion.messages import reason
+from checkpoints_conversion.files.messages import reason
 from oprd_megatron.errors import CheckpointError
 
 
