@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from zlib_ng import zlib_ng as zlib
 
@@ -64,25 +64,36 @@ class PlannedFile:
 
 def plan_hf_files(tensors: list[PlannedTensor], max_shard_bytes: int) -> list[PlannedFile]:
     """Deal tensors, in order, to files of at most `max_shard_bytes`; a larger tensor has a file of its own."""
-    shards = list(_pack(tensors, max_shard_bytes))
+    shards = list(pack(tensors, max_shard_bytes))
     files = []
     for number, shard in enumerate(shards):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         header, starts = safetensors_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in shard])
         placed = [PlannedTensor(t.name, t.dtype, t.shape, start) for t, start in zip(shard, starts, strict=True)]
-        files.append(PlannedFile(name, header, list(_pack(placed, SEGMENT_BYTES))))
+        files.append(PlannedFile(name, header, list(pack(placed, SEGMENT_BYTES))))
     return files
 
 
-def _pack(tensors: list[PlannedTensor], limit: int) -> Iterator[list[PlannedTensor]]:
-    some: list[PlannedTensor] = []
+class Sized(Protocol):
+    """Something that takes bytes in a file."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Item = TypeVar("Item", bound=Sized)
+
+
+def pack(items: Iterable[Item], limit: int) -> Iterator[list[Item]]:
+    """Consecutive items, as many as are within `limit` bytes, at least one."""
+    some: list[Item] = []
     size = 0
-    for tensor in tensors:
-        if some and size + tensor.nbytes > limit:
+    for item in items:
+        if some and size + item.nbytes > limit:
             yield some
             some, size = [], 0
-        some.append(tensor)
-        size += tensor.nbytes
+        some.append(item)
+        size += item.nbytes
     yield some
 
 

@@ -30,6 +30,7 @@ from zlib_ng import zlib_ng as zlib
 
 from checkpoints_conversion.architecture import Architecture, Sharding
 from checkpoints_conversion.convert.blocks import BLOCK_BYTES, Rectangle, cut_rows, rectangle_blocks
+from checkpoints_conversion.convert.hf_files import pack
 from checkpoints_conversion.convert.jobs import Records, publish, run_job
 from checkpoints_conversion.convert.memory import peak_bytes
 from checkpoints_conversion.convert.options import Options, Summary
@@ -208,7 +209,7 @@ def _plan_files(arch: Architecture, options: Options, source: TensorSource) -> I
             sharding = replace(whole, tp_rank=tp_rank)
             chunks = [chunk for row in rows for chunk in _plan_chunks(row, arch, sharding, source, options)]
             rank = stage * options.tp + tp_rank
-            for number, some in enumerate(_pack(chunks, limit)):
+            for number, some in enumerate(pack(chunks, limit)):
                 yield f"__{rank}_{number}.distcp", some
 
 
@@ -261,19 +262,6 @@ def _plan_chunks(
                 dtype=dtype,
                 rectangle=Rectangle(rows, width, cut_rows(copies, local, local + rows)),
             )
-
-
-def _pack(chunks: list[PlannedChunk], limit: int) -> Iterator[list[PlannedChunk]]:
-    """Consecutive chunks, as many as fit into one file."""
-    some: list[PlannedChunk] = []
-    size = 0
-    for chunk in chunks:
-        if some and size + chunk.nbytes > limit:
-            yield some
-            some, size = [], 0
-        some.append(chunk)
-        size += chunk.nbytes
-    yield some
 
 
 def check_chunks(path: Path, records: Records, advance: Callable[[int], None]) -> None:

@@ -103,9 +103,14 @@ def run_job(
 
 
 def publish(staging: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Turn a complete staging directory into `out`; an old one steps aside first, so there is never half of each."""
+    """Turn a complete staging directory into `out`."""
     (staging / MANIFEST).write_text(json.dumps({"version": MANIFEST_VERSION, **manifest}) + "\n", encoding="utf-8")
     (staging / JOURNAL).unlink()
+    put_in_place(staging, out)
+
+
+def put_in_place(staging: Path, out: Path) -> None:
+    """Rename a directory; an old one steps aside first, so that there is never half of each."""
     if not out.exists():
         staging.rename(out)
         return

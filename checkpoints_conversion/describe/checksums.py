@@ -17,8 +17,7 @@ from checkpoints_conversion.convert.jobs import MANIFEST
 from checkpoints_conversion.convert.progress import Progress
 from checkpoints_conversion.convert.targets import read_manifest
 from checkpoints_conversion.files.messages import reason
-from checkpoints_conversion.interop import find_checkpoint_dir
-from checkpoints_conversion.kinds import is_megatron
+from checkpoints_conversion.interop import find_checkpoint_dir, is_megatron
 from checkpoints_conversion.torch_dist import TorchDistReader
 from oprd_megatron.errors import CheckpointError
 

@@ -20,9 +20,8 @@ from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.files.messages import quoted, reason
 from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import model_architecture, open_source, weight_format
-from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, read_run_config
+from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, is_megatron, read_run_config
 from checkpoints_conversion.interop.settings import CONVERTED_BY
-from checkpoints_conversion.kinds import is_megatron
 from checkpoints_conversion.reader import check_tensors
 from checkpoints_conversion.torch_dist import TorchDistReader, read_common
 from oprd_megatron.errors import CheckpointError

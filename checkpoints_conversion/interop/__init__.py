@@ -11,7 +11,7 @@ Facts about both packages are from their sources (Megatron-LM's main branch of 2
 says which were run. No torch here, but for one dtype in `common_state`.
 """
 
-from checkpoints_conversion.interop.locate import find_checkpoint_dir
+from checkpoints_conversion.interop.locate import find_checkpoint_dir, is_megatron
 from checkpoints_conversion.interop.notes import notes_for
 from checkpoints_conversion.interop.run_config import read_run_config
 from checkpoints_conversion.interop.same_model import check_same_model
@@ -29,6 +29,7 @@ __all__ = [
     "check_same_model",
     "common_state",
     "find_checkpoint_dir",
+    "is_megatron",
     "megatron_args",
     "notes_for",
     "read_run_config",

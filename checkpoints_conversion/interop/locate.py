@@ -25,6 +25,15 @@ FORMAT_FILE = "metadata.json"
 NESTED = ("checkpoints", "weights")
 """Where a run of this project, and NeMo 2, keep what is looked for."""
 MAX_TRACKER_BYTES = 4096
+_HUGGING_FACE = ("config.json", "*.gguf", "*.safetensors", "*.bin")
+_MEGATRON = (FORMAT_FILE, TRACKER, ".metadata", "release", "iter_*", "mp_rank_*", "*.distcp", *NESTED)
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a directory is, or holds, a Megatron checkpoint rather than a Hugging Face model."""
+    if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _HUGGING_FACE):
+        return False
+    return any(any(path.glob(pattern)) for pattern in _MEGATRON)
 
 
 def find_checkpoint_dir(path: Path) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_conversion.convert.hf_files import write_companions
+from checkpoints_conversion.convert.jobs import put_in_place
 from checkpoints_conversion.files.dtypes import SAFETENSORS_NAMES
 from checkpoints_conversion.reader import INDEX_FILE, SINGLE_FILE, check_model
 from oprd_megatron.errors import CheckpointError
@@ -52,7 +53,7 @@ def write_hf_directory(
         dtypes = _write_weights(tensors, staging, max_shard_bytes, dtype)
         write_companions(source, staging, {SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")] for dtype in dtypes})
         check_model(staging)
-        _publish(staging, out)
+        put_in_place(staging, out)
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{out}: cannot write the model ({reason}); nothing was left there") from error
@@ -111,16 +112,3 @@ def _name_shards(staging: Path, shards: list[list[str]], total_bytes: int) -> No
         weight_map.update(dict.fromkeys(names, file_name))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (staging / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Rename into place; an old directory steps aside first, so there is no moment with half of each."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    old = out.with_name(out.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    out.rename(old)
-    staging.rename(out)
-    shutil.rmtree(old)

@@ -14,8 +14,7 @@ from checkpoints_conversion.convert.megatron_to_hf import companions_of
 from checkpoints_conversion.families import mappings_for, read_architecture
 from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats import copy_companions, model_architecture, open_source, weight_format
-from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, read_run_config
-from checkpoints_conversion.kinds import is_megatron
+from checkpoints_conversion.interop import check_same_model, find_checkpoint_dir, is_megatron, read_run_config
 from checkpoints_conversion.torch_dist import read_common
 from oprd_megatron.errors import CheckpointError
 
