@@ -308,7 +308,9 @@ def _copy_companions(hf_dir: Path, folder: Path, arch: Architecture, strict: boo
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     notes = copy_companions(hf_dir, folder)
-    return notes + check_tokenizer(folder if weight_format(hf_dir) == "gguf" else hf_dir, arch, strict)
+    if weight_format(hf_dir) != "gguf":
+        return notes + check_tokenizer(hf_dir, arch, strict)
+    return notes + [note.replace(str(folder), str(hf_dir)) for note in check_tokenizer(folder, arch, strict)]
 
 
 def _write_tables(
