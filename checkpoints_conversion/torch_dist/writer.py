@@ -312,5 +312,5 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); use an empty directory with room"
+            f"{path}: cannot be written ({error.strerror}); make room and continue with --resume, or use another directory"
         ) from None
