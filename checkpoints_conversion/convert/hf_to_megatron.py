@@ -26,10 +26,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zlib_ng import zlib_ng as zlib
-
 from checkpoints_conversion.architecture import Architecture, Sharding
-from checkpoints_conversion.convert.blocks import BLOCK_BYTES, Rectangle, cut_rows, rectangle_blocks
+from checkpoints_conversion.convert.blocks import Rectangle, cut_rows, rectangle_blocks
+from checkpoints_conversion.convert.checks import check_chunks
 from checkpoints_conversion.convert.hf_files import pack
 from checkpoints_conversion.convert.jobs import Records, publish, run_job
 from checkpoints_conversion.convert.memory import peak_bytes
@@ -53,8 +52,6 @@ from checkpoints_conversion.torch_dist import (
     write_common,
     write_metadata,
 )
-from checkpoints_conversion.torch_dist.container import Span, read_blob
-from checkpoints_conversion.torch_dist.pickles import Malformed
 from oprd_megatron.errors import CheckpointError, LayoutError
 
 CHUNK_BYTES = 64 * 2**20
@@ -262,31 +259,6 @@ def _plan_chunks(
                 dtype=dtype,
                 rectangle=Rectangle(rows, width, cut_rows(copies, local, local + rows)),
             )
-
-
-def check_chunks(path: Path, records: Records, advance: Callable[[int], None]) -> None:
-    """Compare the chunks in a file with its records.
-
-    Raises:
-        CheckpointError: they differ; names the tensor.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for record in records:
-            blob = read_blob(Span(fd, record["start"], record["length"]))
-            if (blob.dtype, blob.sizes) != (record["dtype"], tuple(record["sizes"])):
-                raise Malformed(f"{record['key']} is not what was written")
-            crc32 = 0
-            for at in range(0, blob.record_size, BLOCK_BYTES):
-                block = os.pread(fd, min(BLOCK_BYTES, blob.record_size - at), blob.record_start + at)
-                crc32 = zlib.crc32(block, crc32)
-                advance(len(block))
-            if crc32 != record["crc32"]:
-                raise Malformed(f"{record['key']} was changed after it was written")
-    except Malformed as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    finally:
-        os.close(fd)
 
 
 def _stored_tensors(files: dict[str, Records]) -> list[StoredTensor]:

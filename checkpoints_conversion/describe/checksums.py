@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoints_conversion.convert.checks import check_chunks
 from checkpoints_conversion.convert.hf_files import check_hf_file
-from checkpoints_conversion.convert.hf_to_megatron import RELEASE, check_chunks
+from checkpoints_conversion.convert.hf_to_megatron import RELEASE
 from checkpoints_conversion.convert.jobs import MANIFEST
 from checkpoints_conversion.convert.progress import Progress
 from checkpoints_conversion.convert.targets import read_manifest
