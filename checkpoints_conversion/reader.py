@@ -6,9 +6,10 @@ any size of model. `HFReader` then reads rectangles of tensors, so a rank touche
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from checkpoints_conversion.architecture import Architecture
 from checkpoints_conversion.families import mappings_for, read_architecture
@@ -28,31 +29,48 @@ MAX_FILE_NAME = 255
 """Bytes; more than a file system takes."""
 
 
-class HFReader(TensorSource):
-    """The tensors of one Hugging Face directory, by name. Use as a context manager: it keeps the files open."""
+class WeightFile(Protocol):
+    """One open file of weights."""
 
-    def __init__(self, hf_dir: str | Path) -> None:
-        """Open every weight file and read the headers.
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """By name; each has a `shape`, and a `dtype` in safetensors' spelling."""
+
+    def read_into(self, name: str, row: int, rows: int, columns: tuple[int, int] | None, out: memoryview) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FilesSource(TensorSource):
+    """Tensors in one or several files, in each of which a part of them lies."""
+
+    def __init__(self, files: dict[Path, set[str]], open_file: Callable[[Path], WeightFile]) -> None:
+        """Open every file.
+
+        Args:
+            files: of `weight_files`: what each is to hold, as far as known.
 
         Raises:
-            CheckpointError: the directory, the weights or a file named by the index is missing, unfinished or broken.
+            CheckpointError: a file is broken, does not hold what the index says, or holds what another holds too.
         """
-        self.hf_dir = Path(hf_dir)
-        self._file_of: dict[str, SafetensorsFile] = {}
-        self._files: list[SafetensorsFile] = []
+        self._file_of: dict[str, WeightFile] = {}
+        self._files: list[WeightFile] = []
         try:
-            for path, expected_names in weight_files(self.hf_dir).items():
-                self._add(SafetensorsFile(path), expected_names)
+            for path, expected_names in files.items():
+                self._add(open_file(path), expected_names)
         except BaseException:
             self.close()
             raise
 
-    def _add(self, file: SafetensorsFile, expected_names: set[str]) -> None:
+    def _add(self, file: WeightFile, expected_names: set[str]) -> None:
         self._files.append(file)
         absent = sorted(expected_names - file.tensors.keys())
         if absent:
             raise CheckpointError(
-                f"{file.path}: {INDEX_FILE} places {shown(absent[0])} here, but it is not; download both again"
+                f"{file.path}: the index places {shown(absent[0])} here, but it is not; download both again"
             )
         for name in file.tensors:
             if name in self._file_of:
@@ -60,14 +78,6 @@ class HFReader(TensorSource):
                     f"{file.path}: {shown(name)} is in {self._file_of[name].path.name} as well; delete the stale file"
                 )
             self._file_of[name] = file
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the files; the reader cannot read afterwards."""
@@ -99,6 +109,27 @@ class HFReader(TensorSource):
     def read_into(self, name: str, row: int, rows: int, columns: tuple[int, int] | None, out: memoryview) -> None:
         """See `TensorSource`."""
         self._file_of[name].read_into(name, row, rows, columns, out)
+
+
+class HFReader(FilesSource):
+    """The safetensors of one Hugging Face directory. Use as a context manager: it keeps the files open."""
+
+    def __init__(self, hf_dir: str | Path) -> None:
+        """Open every weight file and read the headers.
+
+        Raises:
+            CheckpointError: the directory, the weights or a file named by the index is missing, unfinished or broken.
+        """
+        self.hf_dir = Path(hf_dir)
+        super().__init__(weight_files(self.hf_dir), SafetensorsFile)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def read(self, name: str, row: int, rows: int, columns: tuple[int, int] | None = None) -> Tensor:
         """Rows `row:row + rows` of a tensor, or some of their columns, on the CPU in the file's dtype."""

@@ -19,8 +19,7 @@ import numpy as np
 from checkpoints_conversion.files.dtypes import ITEMSIZE, TORCH_NAMES
 from checkpoints_conversion.files.messages import reason, shown
 from checkpoints_conversion.files.regular_file import open_regular, read_at
-from checkpoints_conversion.files.source import TensorSource
-from checkpoints_conversion.reader import weight_files
+from checkpoints_conversion.reader import FilesSource, weight_files
 from checkpoints_conversion.torch_dist.container import (
     Span,
     data_start,
@@ -63,7 +62,7 @@ class BinFile(Protocol):
         """Let go of the file."""
 
 
-class BinSource(TensorSource):
+class BinSource(FilesSource):
     """The tensors of a directory that only has .bin files."""
 
     def __init__(self, hf_dir: Path) -> None:
@@ -72,51 +71,7 @@ class BinSource(TensorSource):
         Raises:
             CheckpointError: a file is missing, damaged, or holds anything but tensors by name.
         """
-        self._files: list[BinFile] = []
-        self._file_of: dict[str, BinFile] = {}
-        try:
-            for path, expected in weight_files(hf_dir, SINGLE_FILE, INDEX_FILE).items():
-                self._add(_open(path), expected)
-        except BaseException:
-            self.close()
-            raise
-
-    def _add(self, file: BinFile, expected: set[str]) -> None:
-        self._files.append(file)
-        absent = sorted(expected - file.tensors.keys())
-        if absent:
-            raise CheckpointError(
-                f"{file.path}: {INDEX_FILE} places {shown(absent[0])} here, but it is not; download both again"
-            )
-        for name in file.tensors:
-            if name in self._file_of:
-                other = self._file_of[name].path.name
-                raise CheckpointError(f"{file.path}: {shown(name)} is in {other} as well; delete the stale file")
-            self._file_of[name] = file
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._file_of)
-
-    @property
-    def files(self) -> list[Path]:
-        return [file.path for file in self._files]
-
-    def file_of(self, name: str) -> Path:
-        return self._file_of[name].path
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._file_of[name].tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return self._file_of[name].tensors[name].dtype
-
-    def read_into(self, name: str, row: int, rows: int, columns: tuple[int, int] | None, out: memoryview) -> None:
-        self._file_of[name].read_into(name, row, rows, columns, out)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+        super().__init__(weight_files(hf_dir, SINGLE_FILE, INDEX_FILE), _open)
 
 
 def _open(path: Path) -> BinFile:
