@@ -187,7 +187,17 @@ def _self_teaching(checked: Checked, samples: list[Sample], platform: Platform) 
     section = config.student.model_copy(update={"dtype": config.teacher.dtype})
     copy = place_model(checked, section, checked.student, layout, platform, frozen=True)
     student = place_model(checked, section, checked.student, checked.student_layout, platform, frozen=True)
-    distill = config.distill.model_copy(update={"bridge": None, "layer_map": "proportional", "wire": "auto"})
+    distill = config.distill.model_copy(
+        update={
+            "mode": "identity",
+            "bridge": None,
+            "layer_map": "proportional",
+            "layers": "all",
+            "wire": "auto",
+            "layer_weights": "uniform",
+            "final_layer_weights": None,
+        }
+    )
     alignment = Alignment(copy, student, distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens)
     report = alignment.reduce(alignment.run(alignment.plan(samples), train=False))
     distance, limit = max(1 - cosine for cosine in report.cosine), SELF_TOLERANCE[section.dtype]

@@ -12,12 +12,14 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
 
 from checkpoints_conversion.live.weights import canonical_parameters, stream_hf_tensors
 from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.grid import as_world
 from oprd_megatron.platform import Platform
+from oprd_megatron.representation.space import add_over_tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -146,4 +148,6 @@ def stream_gradients(student: Model) -> Iterator[tuple[str, torch.Tensor]]:
 def _finalize_without_rescaling(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:  # type: ignore[no-untyped-def]
     """mcore's gradient finalisation (data-parallel reduction, sequence-parallel norms, tied embeddings), without dividing
     by a number of tokens."""
+    for chunk in unwrap_model(model):
+        add_over_tensor_parallel(chunk, pg_collection.tp)
     finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=bool(force_all_reduce))

@@ -23,6 +23,7 @@ from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
+from oprd_megatron.representation.space import check_space
 from oprd_megatron.rollout.prompts import Prompt, load_prompts, refuse_overlap
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
 
@@ -82,11 +83,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
         _check_disk(config, student)
-    if teacher.hidden_size != student.hidden_size and config.distill.bridge is None:
-        raise ConfigError(
-            f"teacher and student differ in width ({teacher.hidden_size} and {student.hidden_size}); aligning them needs "
-            "a bridge: set distill.bridge, or use a student of the teacher's width"
-        )
+    check_space(config.distill, teacher.hidden_size, student.hidden_size)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
     check_budget(planner(config, pairs, teacher, teacher_layout, student_layout), config)

@@ -118,9 +118,9 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, float]:
 
     def plain() -> float:
         for chunk in plan.chunks:
-            fed = micro_batches(chunk.samples, chunk.teacher.arrangement, teacher.grid)
+            fed = micro_batches([s.teacher_ids for s in chunk.samples], chunk.teacher.arrangement, teacher.grid)
             run_schedule(teacher, platform, fed, forward_only=True)
-            fed = micro_batches(chunk.samples, chunk.student.arrangement, student.grid)
+            fed = micro_batches([s.ids for s in chunk.samples], chunk.student.arrangement, student.grid)
             last = chunk is plan.chunks[-1]
             run_schedule(student, platform, fed, forward_only=False, chunks=wrapped, finalize=last)
         return 0.0

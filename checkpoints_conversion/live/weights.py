@@ -43,8 +43,13 @@ _STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """A dtype travels between stages as its position here plus one; zero means "not on this stage"."""
 
 
+_PARTS = ("embedding", "decoder", "output_layer")
+"""Of a GPTModel, that hold parameters."""
+
+
 def canonical_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of this rank's chunks by canonical name: local spec, 0-based global layer and expert indices.
+    """The parameters of this rank's chunks by canonical name: local spec, 0-based global layer and expert indices. What a
+    trainer hung on a chunk beside the model's own parts is left out.
 
     Args:
         model_chunks: unwrapped GPTModels (one, or several with virtual pipeline stages). The layer's index comes from
@@ -54,6 +59,8 @@ def canonical_parameters(model_chunks: Sequence[nn.Module]) -> dict[str, nn.Para
     parameters: dict[str, nn.Parameter] = {}
     for chunk in model_chunks:
         for local_name, parameter in chunk.named_parameters():
+            if local_name.partition(".")[0] not in _PARTS:
+                continue
             name = _canonical_name(local_name, chunk)
             assert name not in parameters, f"two parameters of this rank are {name}"
             parameters[name] = parameter

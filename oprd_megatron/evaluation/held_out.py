@@ -135,7 +135,7 @@ def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[
     """Answers in portions that fill the pipelines once; the last is filled up with samples without a response, which are
     not scored."""
     layouts = alignment.teacher.grid.layout, alignment.student.grid.layout
-    unit = alignment.planner.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
+    unit = alignment.flow.planner.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
     size = unit * max(layout.pp * layout.vpp for layout in layouts)
     for first in range(0, len(answers), size):
         portion = list(answers[first : first + size])

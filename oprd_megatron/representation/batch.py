@@ -18,7 +18,7 @@ from oprd_megatron.errors import ConfigError, DataError
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.placement import Arrangement, TokenPlacement, arrange, place_tokens
-from oprd_megatron.representation.positions import supervised_positions
+from oprd_megatron.representation.positions import choose, supervised_positions
 from oprd_megatron.representation.route import Route, layers_between, plan_route
 
 OVERLAP_CHUNKS = 8
@@ -26,15 +26,56 @@ OVERLAP_CHUNKS = 8
 
 
 @dataclass(frozen=True)
+class TeacherText:
+    """What a teacher with another tokenizer reads of a rollout, and which of its states stand beside which of the student's.
+
+    Attributes:
+        ids: prompt and response in the teacher's tokens.
+        student_positions, teacher_positions: sequence indices of the states that can be compared, pair by pair, ascending.
+    """
+
+    ids: tuple[int, ...]
+    student_positions: tuple[int, ...]
+    teacher_positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Token ids of one rollout; both models read the same ids."""
+    """One rollout, as token ids.
+
+    Attributes:
+        prompt_ids, response_ids: the student's; both models read them unless `teacher` says otherwise.
+        teacher: what the teacher reads instead.
+        kept: of the supervised states, in order, those that are used; left out, all.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    teacher: TeacherText | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """What the student reads."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def teacher_ids(self) -> tuple[int, ...]:
+        """What the teacher reads."""
+        return self.ids if self.teacher is None else self.teacher.ids
+
+    def positions(self, config: DistillConfig) -> tuple[Sequence[int], Sequence[int]]:
+        """Sequence indices of the supervised states: (the teacher's, the student's), equally many."""
+        if self.teacher is None:
+            student: Sequence[int] = supervised_positions(len(self.prompt_ids), len(self.response_ids), config)
+            teacher = student
+        else:
+            chosen = choose(len(self.teacher.student_positions), config)
+            student = self.teacher.student_positions[chosen.start : chosen.stop]
+            teacher = self.teacher.teacher_positions[chosen.start : chosen.stop]
+        if self.kept is None:
+            return teacher, student
+        return [teacher[index] for index in self.kept], [student[index] for index in self.kept]
 
 
 @dataclass(frozen=True)
@@ -103,10 +144,11 @@ class Planner:
             DataError: no token of the batch is supervised.
             ConfigError: the smallest chunk that both grids can work on is over the budget.
         """
-        num_tokens = sum(len(self._positions(sample)) for sample in samples)
+        num_tokens = self.num_tokens(samples)
         if num_tokens == 0:
             raise DataError(
-                "no token of this batch is supervised: all responses are empty; check rollout.stop and prompts"
+                "no token of this batch is supervised: all responses are empty, or none of their tokens ends where one of the "
+                "teacher's does; check rollout.stop and prompts"
             )
         units, rest = divmod(len(samples), self._unit)
         assert rest == 0, f"{len(samples)} samples, {self._unit} at a time"
@@ -126,6 +168,10 @@ class Planner:
                 )
             count = min(units, max(count + 1, math.ceil(count * largest / room)))
 
+    def num_tokens(self, samples: Sequence[Sample]) -> int:
+        """Supervised tokens."""
+        return sum(len(sample.positions(self.config)[1]) for sample in samples)
+
     def most_held_bytes(self, longest: Sample) -> int:
         """Upper bound of what a rank holds of the smallest chunk, whatever the samples, none longer than `longest`.
 
@@ -139,7 +185,7 @@ class Planner:
         for stages, layers in layers_between(self.pairs, self.teacher, self.student).items():
             for side, layout in enumerate((self.teacher, self.student)):
                 samples = -(-self._unit // layout.dp)
-                tokens = samples * len(self._positions(longest))
+                tokens = samples * len(longest.positions(self.config)[1])
                 share = tokens if layout.sp else -(-tokens // layout.tp)
                 if side == 1 or not (alike and stages[0] == stages[1]):  # else it stays, and is the student's already
                     held[side][stages[side]] += share * len(layers) * self.state_bytes
@@ -172,15 +218,12 @@ class Planner:
         bounds = [units * part // parts * self._unit for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
-    def _positions(self, sample: Sample) -> range:
-        return supervised_positions(len(sample.prompt_ids), len(sample.response_ids), self.config)
-
     def _chunk(self, samples: Sequence[Sample]) -> Chunk:
-        lengths = [len(sample.ids) for sample in samples]
-        positions = [self._positions(sample) for sample in samples]
+        lengths = [len(sample.teacher_ids) for sample in samples], [len(sample.ids) for sample in samples]
+        positions = zip(*(sample.positions(self.config) for sample in samples), strict=True)
         sides = []
-        for layout in (self.teacher, self.student):
-            arrangement = arrange(lengths, layout, self.micro_batch_size, self.micro_batch_tokens)
-            sides.append(Side(arrangement, place_tokens(positions, arrangement, layout)))
+        for layout, read, supervised in zip((self.teacher, self.student), lengths, positions, strict=True):
+            arrangement = arrange(read, layout, self.micro_batch_size, self.micro_batch_tokens)
+            sides.append(Side(arrangement, place_tokens(supervised, arrangement, layout)))
         route = plan_route(self.pairs, self.teacher, sides[0].tokens, self.student, sides[1].tokens)
         return Chunk(samples, sides[0], sides[1], route)

@@ -1,24 +1,29 @@
-"""The low-rank bridge at work (OPRD-Bridge, Eq. 12 and 14): fixed projections of both models' states into one small space.
+"""The low-rank bridge at work (OPRD-Bridge, Eq. 12 and 14): frozen projections of both models' states into one small space.
 
     teacher layer:  P_T (h_T - mu)      [r, D_T] x [D_T], on the teacher's rank, before anything travels
     student layer:  P_S h_S             [r, D_S] x [D_S], inside the loss
 
-A bridge file is safetensors: `teacher.<layer>.mean` [D_T], `teacher.<layer>.projection` [r, D_T] and
-`student.<layer>.projection` [r, D_S] for every supervised pair (1-based layers), all fp32. How the projections are found is not
-this module's business.
+A bridge file is safetensors with, for every pair of layers (1-based), `teacher.<layer>.mean` [D_T],
+`teacher.<layer>.projection` [r, D_T] and the student's projector: `student.<layer>.projection` [r, D_S], or the two layers of
+an MLP, `student.<layer>.fc1.weight` [H, D_S], `.fc1.bias` [H], `.fc2.weight` [r, H], `.fc2.bias` [r]; all fp32. A file for the
+residual mode holds `head.basis` [r, D] instead. How they are found is `oprd_megatron.bridge`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.functional import gelu, linear
 
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.representation.layer_map import LayerPair
+
+LINEAR = "projection"
+HEAD = "head.basis"
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,47 @@ class Bridge:
         rank: r.
         means: {teacher layer: mu [D_T]}.
         teacher: {teacher layer: P_T [r, D_T]}.
-        student: {student layer: P_S [r, D_S]}.
+        student: {student layer: {part: tensor}}: `projection` [r, D_S], or the four tensors of an MLP.
     """
 
     rank: int
     means: dict[int, torch.Tensor]
     teacher: dict[int, torch.Tensor]
-    student: dict[int, torch.Tensor]
+    student: dict[int, dict[str, torch.Tensor]]
 
     def project_teacher(self, layer: int, states: torch.Tensor) -> torch.Tensor:
         """P_T (h_T - mu): [N, D_T] of any float dtype -> [N, r] fp32."""
         return (states.float() - self.means[layer]) @ self.teacher[layer].T
+
+    def project_student(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """P_S h_S: [N, D_S] fp32 -> [N, r] fp32; gradients flow to the states alone."""
+        return project(self.student[layer], states)
+
+    def sliced(self, rank: int) -> Bridge:
+        """The first `rank` directions: principal directions are sorted, and each has its own regression."""
+        student = {
+            layer: {
+                name: part[:rank] if name in (LINEAR, "fc2.weight", "fc2.bias") else part
+                for name, part in parts.items()
+            }
+            for layer, parts in self.student.items()
+        }
+        return replace(self, rank=rank, teacher={layer: p[:rank] for layer, p in self.teacher.items()}, student=student)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By their names in a file."""
+        named = {f"teacher.{layer}.mean": mean for layer, mean in self.means.items()}
+        named |= {f"teacher.{layer}.{LINEAR}": projection for layer, projection in self.teacher.items()}
+        for layer, parts in self.student.items():
+            named |= {f"student.{layer}.{part}": tensor for part, tensor in parts.items()}
+        return named
+
+
+def project(parts: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """A student's projector, linear or an MLP: [N, D_S] fp32 -> [N, r]."""
+    if LINEAR in parts:
+        return states @ parts[LINEAR].T
+    return linear(gelu(linear(states, parts["fc1.weight"], parts["fc1.bias"])), parts["fc2.weight"], parts["fc2.bias"])
 
 
 def bridge_rank(path: Path) -> int:
@@ -50,15 +85,18 @@ def bridge_rank(path: Path) -> int:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith("student.")]  # noqa: SIM118 (not a dict)
-            shape = file.get_slice(names[0]).get_shape() if names else []
-            if shape:
+            names = list(file.keys())
+            found = [name for name in names if name.startswith("teacher.") and name.endswith(LINEAR)] or [
+                name for name in names if name == HEAD
+            ]
+            shape = file.get_slice(found[0]).get_shape() if found else []
+            if len(shape) == 2:
                 return int(shape[0])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"distill.bridge: {path}: cannot read it ({error}); give a bridge (safetensors)"
+            f"distill.bridge: {path}: cannot read it ({error}); give a bridge, or make it with `oprd bridge fit`"
         ) from None
-    raise CheckpointError(f"distill.bridge: {path}: holds no student.<layer>.projection; this is not a bridge")
+    raise CheckpointError(f"distill.bridge: {path}: holds no teacher.<layer>.projection; this is not a bridge")
 
 
 def load_bridge(
@@ -70,27 +108,37 @@ def load_bridge(
         CheckpointError: a projection is missing or has another shape.
     """
     rank = bridge_rank(path)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for pair in pairs:
-        shapes[f"teacher.{pair.teacher_layer}.mean"] = (teacher_width,)
-        shapes[f"teacher.{pair.teacher_layer}.projection"] = (rank, teacher_width)
-        shapes[f"student.{pair.student_layer}.projection"] = (rank, student_width)
-    tensors = {}
     with safe_open(path, framework="pt") as file:
         present = set(file.keys())
-        for name, shape in shapes.items():
+
+        def read(name: str, *shape: int | None) -> torch.Tensor:
             if name not in present:
                 raise CheckpointError(
                     f"distill.bridge: {path}: {name} is missing; fit the bridge for this run's distill.layers and layer_map"
                 )
-            tensors[name] = file.get_tensor(name).to(device, torch.float32)
-            if tuple(tensors[name].shape) != shape:
+            tensor = file.get_tensor(name).to(device, torch.float32)
+            if len(tensor.shape) != len(shape) or any(
+                b not in (None, a) for a, b in zip(tensor.shape, shape, strict=True)
+            ):
+                needed = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
                 raise CheckpointError(
-                    f"distill.bridge: {path}: {name} is {list(tensors[name].shape)}, but these models need {list(shape)}"
+                    f"distill.bridge: {path}: {name} is {list(tensor.shape)}, but these models need {needed}"
                 )
-    return Bridge(
-        rank,
-        means={pair.teacher_layer: tensors[f"teacher.{pair.teacher_layer}.mean"] for pair in pairs},
-        teacher={pair.teacher_layer: tensors[f"teacher.{pair.teacher_layer}.projection"] for pair in pairs},
-        student={pair.student_layer: tensors[f"student.{pair.student_layer}.projection"] for pair in pairs},
-    )
+            return tensor
+
+        def projector(layer: int) -> dict[str, torch.Tensor]:
+            if f"student.{layer}.fc1.weight" not in present:
+                return {LINEAR: read(f"student.{layer}.{LINEAR}", rank, student_width)}
+            first = read(f"student.{layer}.fc1.weight", None, student_width)
+            shapes = {"fc1.bias": (len(first),), "fc2.weight": (rank, len(first)), "fc2.bias": (rank,)}
+            return {"fc1.weight": first} | {
+                name: read(f"student.{layer}.{name}", *shape) for name, shape in shapes.items()
+            }
+
+        teacher_layers = sorted({pair.teacher_layer for pair in pairs})
+        return Bridge(
+            rank,
+            means={layer: read(f"teacher.{layer}.mean", teacher_width) for layer in teacher_layers},
+            teacher={layer: read(f"teacher.{layer}.{LINEAR}", rank, teacher_width) for layer in teacher_layers},
+            student={pair.student_layer: projector(pair.student_layer) for pair in pairs},
+        )

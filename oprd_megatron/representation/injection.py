@@ -29,7 +29,6 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 
 from oprd_megatron.parallel.grid import Grid
-from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.loss import (
@@ -41,28 +40,32 @@ from oprd_megatron.representation.loss import (
 )
 from oprd_megatron.representation.placement import TokenPlacement
 from oprd_megatron.representation.rows import block_rows, gather_rows
+from oprd_megatron.representation.space import Space
 
 
 class InjectRowLoss(torch.autograd.Function):
-    """Identity on the hidden state; backward adds weight * d row_loss / d hidden at the supervised rows.
+    """Identity on the hidden state; backward adds weight * d row_loss / d hidden at the supervised rows, and gives the
+    layer's trained map, if it has one, the gradient of this rank's rows.
 
     Forward: no collectives. Backward: one all-gather over the tensor-parallel group if the rows are replicated, else none.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, aligner: Aligner, layer: int, micro_batch: int) -> torch.Tensor:
-        """hidden [P_local, 1, D]."""
+    def forward(
+        ctx: Any, hidden: torch.Tensor, trained: torch.Tensor | None, aligner: Aligner, layer: int, micro_batch: int
+    ) -> torch.Tensor:
+        """hidden [P_local, 1, D]; trained: the layer's map, only so that autograd asks for its gradient."""
         ctx.save_for_backward(hidden)
         ctx.aligner, ctx.place = aligner, (layer, micro_batch)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (hidden,) = ctx.saved_tensors
-        rows, row_gradient = ctx.aligner.row_gradient(*ctx.place, hidden)
+        rows, row_gradient, of_trained = ctx.aligner.gradients(*ctx.place, hidden)
         total = gradient.clone(memory_format=torch.contiguous_format)
         total.view(-1, total.size(-1)).index_add_(0, rows, row_gradient.to(gradient.dtype))
-        return total, None, None, None
+        return total, of_trained, None, None, None
 
 
 class Aligner:
@@ -77,7 +80,7 @@ class Aligner:
         scale: what turns sums of rows into the loss.
         how: normalisation.
         device: of the hidden states.
-        bridge: compares projected states.
+        space: in which states are compared.
     """
 
     def __init__(
@@ -91,10 +94,10 @@ class Aligner:
         scale: LossScale,
         how: Normalize,
         device: torch.device,
-        bridge: Bridge | None = None,
+        space: Space,
     ) -> None:
         self.teacher_layer = {pair.student_layer: pair.teacher_layer for pair in pairs}
-        self.delivery, self.scale, self.how, self.bridge = delivery, scale, how, bridge
+        self.delivery, self.scale, self.how, self.space = delivery, scale, how, space
         self.tp_group = grid.groups.tp
         self.rows = block_rows(tokens, order, grid, device)
         here = set(grid.layout.layers_of(grid.coords.pp))
@@ -114,37 +117,42 @@ class Aligner:
         if rows is None:
             return None
         if (micro_batch, layer) not in self._sums:
-            selected = self._projected(layer, hidden.detach().flatten(0, 1).index_select(0, rows.mine).float())
-            target = self._target(layer, micro_batch, selected)
-            self._sums[micro_batch, layer] = alignment_sums(selected, target, self.how)
+            states = hidden.detach().flatten(0, 1).index_select(0, rows.mine).float()
+            with torch.no_grad():
+                compared = self.space.of_student(layer, states)
+            target = self._target(layer, micro_batch, compared)
+            inside = self.space.inside(layer, states)
+            self._sums[micro_batch, layer] = alignment_sums(compared, target, self.how, inside)
         if not torch.is_grad_enabled():
             return None
-        injected = InjectRowLoss.apply(hidden, self, layer, micro_batch)
+        injected = InjectRowLoss.apply(hidden, self.space.trained(layer), self, layer, micro_batch)
         # The schedule frees a stage's output by replacing its data, which it refuses to do to a view.
         return make_viewless_tensor(injected, requires_grad=True, keep_graph=True)
 
-    def row_gradient(self, layer: int, micro_batch: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the local block and the loss's gradient there: ([N] int64, [N, D] fp32). Frees the target if nobody else
-        needs it. Collective over the tensor-parallel group where the rows are replicated."""
-        rows = self.rows[micro_batch]
+    def gradients(
+        self, layer: int, micro_batch: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rows of the local block, the loss's gradient there, and that of the layer's trained map: ([N] int64, [N, D] fp32,
+        [D_T, D] or None). Frees the target if nobody else needs it. Collective over the tensor-parallel group where the rows
+        are replicated."""
+        rows, trained = self.rows[micro_batch], self.space.trained(layer)
         selected = hidden.detach().flatten(0, 1).index_select(0, rows.mine).float().requires_grad_()
         with torch.enable_grad():
-            projected = self._projected(layer, selected)
-            target = self._target(layer, micro_batch, projected)
-            loss = self.scale.weight * row_loss(projected, target, self.how)
-        (gradient,) = torch.autograd.grad(loss, selected)
+            compared = self.space.of_student(layer, selected)
+            target = self._target(layer, micro_batch, compared)
+            loss = self.scale.weight(layer) * row_loss(compared, target, self.how)
+        gradient, *of_trained = torch.autograd.grad(loss, [selected] if trained is None else [selected, trained])
         teacher_layer = self.teacher_layer[layer]
         waiting = self._waiting[micro_batch, teacher_layer]
         waiting.discard(layer)
         if not waiting:
             self.delivery.release(micro_batch, teacher_layer)
+        map_gradient = of_trained[0] if of_trained else None
         if not rows.replicated:
-            return rows.mine, gradient
+            return rows.mine, gradient, map_gradient
         wire = hidden.dtype  # what the gradient will be added to: nothing is gained by gathering more digits
-        return torch.cat(rows.by_rank), gather_rows(gradient.to(wire), rows.by_rank, self.tp_group)
-
-    def _projected(self, layer: int, selected: torch.Tensor) -> torch.Tensor:
-        return selected if self.bridge is None else selected @ self.bridge.student[layer].T
+        gathered = gather_rows(gradient.to(wire), rows.by_rank, self.tp_group)
+        return torch.cat(rows.by_rank), gathered, map_gradient
 
     def _target(self, layer: int, micro_batch: int, like: torch.Tensor) -> torch.Tensor:
         rows = self.delivery.rows(micro_batch, self.teacher_layer[layer])

@@ -1,11 +1,19 @@
 """Which student layers are supervised, and by which teacher layers. Layers are 1-based global ids everywhere.
 
 OPRD Eq. 11: phi(l) = round((l - 1) / (L_S - 1) * (L_T - 1)) + 1: first to first, last to last.
+
+A measured map is a json file that `oprd bridge map` writes:
+{"format": 1, "pairs": [{"student_layer", "teacher_layer", "score"}, ..], ..}; other keys are for people.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.errors import ConfigError
@@ -13,10 +21,12 @@ from oprd_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class LayerPair:
-    """One supervised student layer and the teacher layer that supervises it (1-based)."""
+    """One supervised student layer and the teacher layer that supervises it (1-based); `score` says how alike a measured map
+    found them."""
 
     student_layer: int
     teacher_layer: int
+    score: float | None = field(default=None, compare=False)
 
 
 def proportional_layer(student_layer: int, num_student_layers: int, num_teacher_layers: int) -> int:
@@ -55,17 +65,20 @@ def resolve_layer_pairs(config: DistillConfig, num_student_layers: int, num_teac
     """The supervised pairs of a run, by ascending student layer.
 
     Raises:
-        ConfigError: a layer out of range, or a supervised layer without a teacher layer.
+        ConfigError: a layer out of range, a supervised layer without a teacher layer, or a map file that cannot be read.
     """
     if config.layer_map == "proportional":
         chosen = layer_set(config.layers, num_student_layers)
-        mapped = {layer: proportional_layer(layer, num_student_layers, num_teacher_layers) for layer in chosen}
+        return [LayerPair(layer, proportional_layer(layer, num_student_layers, num_teacher_layers)) for layer in chosen]
+    if isinstance(config.layer_map, Path):
+        given = read_map(config.layer_map)
     else:
-        mapped = dict(config.layer_map)
-        for student_layer, teacher_layer in mapped.items():
-            _check_layer("distill.layer_map", student_layer, num_student_layers, "student")
-            _check_layer("distill.layer_map", teacher_layer, num_teacher_layers, "teacher")
-        chosen = sorted(mapped) if config.layers == "all" else layer_set(config.layers, num_student_layers)
+        given = [LayerPair(*pair) for pair in config.layer_map.items()]
+    for pair in given:
+        _check_layer("distill.layer_map", pair.student_layer, num_student_layers, "student")
+        _check_layer("distill.layer_map", pair.teacher_layer, num_teacher_layers, "teacher")
+    mapped = {pair.student_layer: pair for pair in given}
+    chosen = sorted(mapped) if config.layers == "all" else layer_set(config.layers, num_student_layers)
     for layer in chosen:
         if layer not in mapped:
             raise ConfigError(
@@ -73,7 +86,49 @@ def resolve_layer_pairs(config: DistillConfig, num_student_layers: int, num_teac
             )
     if not chosen:
         raise ConfigError("distill.layer_map: no pairs; give at least one {student: teacher} pair")
-    return [LayerPair(layer, mapped[layer]) for layer in chosen]
+    pairs = [mapped[layer] for layer in chosen]
+    if config.monotone_map:
+        refuse_crossing(pairs)
+    return pairs
+
+
+def read_map(path: Path) -> list[LayerPair]:
+    """The pairs of a map file, as they are there.
+
+    Raises:
+        ConfigError: missing, or not such a file.
+    """
+    try:
+        values = json.loads(path.read_text())
+        pairs = [LayerPair(pair["student_layer"], pair["teacher_layer"], pair.get("score")) for pair in values["pairs"]]
+        numbers = [number for pair in pairs for number in (pair.student_layer, pair.teacher_layer)]
+        if not all(type(number) is int for number in numbers) or len({pair.student_layer for pair in pairs}) != len(
+            pairs
+        ):
+            raise TypeError
+        if any(not isinstance(pair.score, float | None) or not math.isfinite(pair.score or 0.0) for pair in pairs):
+            raise TypeError
+    except OSError as error:
+        raise ConfigError(
+            f"distill.layer_map: {path}: {error.strerror}; give proportional, {{student: teacher}} pairs, or a file that "
+            "`oprd bridge map` wrote"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ConfigError(f"distill.layer_map: {path}: not a layer map; make it with `oprd bridge map`") from None
+    return pairs
+
+
+def refuse_crossing(pairs: Sequence[LayerPair]) -> None:
+    """Raises:
+    ConfigError: a deeper student layer is taught by a shallower teacher layer.
+    """
+    for before, after in pairwise(pairs):
+        if after.teacher_layer < before.teacher_layer:
+            raise ConfigError(
+                f"distill.layer_map: is not monotone: student layer {before.student_layer} learns from teacher layer "
+                f"{before.teacher_layer}, but layer {after.student_layer} from {after.teacher_layer}; mend it, or set "
+                "distill.monotone_map: false"
+            )
 
 
 def _check_layer(key: str, layer: int, num_layers: int, which: str) -> None:

@@ -11,6 +11,7 @@ Legend: N rows on this rank (one row = one supervised token of one layer), D wid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,35 +41,38 @@ def row_loss(student: torch.Tensor, teacher: torch.Tensor, how: Normalize) -> to
 
 @dataclass(frozen=True)
 class LossScale:
-    """What turns a sum of `row_loss` into its share of Eq. 6.
+    """What turns a sum of `row_loss` into its share of Eq. 6 and 14.
 
     Attributes:
         coefficient: the configured factor on the loss.
-        num_layers: |Lset|.
         num_tokens: supervised tokens of the global batch.
+        layer_weights: {student layer: weight}, 1 on average over Lset.
     """
 
     coefficient: float
-    num_layers: int
     num_tokens: int
+    layer_weights: Mapping[int, float]
 
-    @property
-    def weight(self) -> float:
-        return self.coefficient / (self.num_layers * self.num_tokens)
-
-
-ALIGNMENT_FIELDS = ("loss", "mse", "cosine", "norm_ratio", "rows")
+    def weight(self, student_layer: int) -> float:
+        return self.coefficient * self.layer_weights[student_layer] / (len(self.layer_weights) * self.num_tokens)
 
 
-def alignment_sums(student: torch.Tensor, teacher: torch.Tensor, how: Normalize) -> torch.Tensor:
+ALIGNMENT_FIELDS = ("loss", "mse", "cosine", "norm_ratio", "inside", "rows")
+
+
+def alignment_sums(
+    student: torch.Tensor, teacher: torch.Tensor, how: Normalize, inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sums over rows of what people look at, in the order of `ALIGNMENT_FIELDS`; add them over ranks and micro-batches,
     then divide by `rows`.
 
     Args:
         student, teacher: [N, D] fp32.
+        how: normalisation of the loss.
+        inside: [N] share of each student state that a frozen projection sees.
 
     Returns:
-        [5] float64: the loss terms, raw squared error, cosine, |h_S| / |h_T|, and N.
+        [6] float64: the loss terms, raw squared error, cosine, |h_S| / |h_T|, `inside` (0 without one), and N.
     """
     with torch.no_grad():
         ratio = student.norm(dim=-1) / teacher.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -77,6 +81,7 @@ def alignment_sums(student: torch.Tensor, teacher: torch.Tensor, how: Normalize)
             row_loss(student, teacher, "none"),
             cosine_similarity(student, teacher, dim=-1).sum(),
             ratio.sum(),
+            student.new_zeros(()) if inside is None else inside.sum(),
             student.new_tensor(float(student.size(0))),
         )
         return torch.stack([value.double() for value in sums])

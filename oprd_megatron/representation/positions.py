@@ -18,8 +18,13 @@ def supervised_positions(prompt_length: int, response_length: int, config: Disti
     `last_k` and `first_k` take min(k, response_length) tokens. A prompt of length 0 has no state that predicts y_1: with
     the `predictor` anchor that position is left out.
     """
-    length = response_length
-    k = {"all": length, "last": min(1, length)}.get(config.positions, min(config.k, length))
-    first = 0 if config.positions == "first_k" else length - k
+    chosen = choose(response_length, config)
     shift = prompt_length - (1 if config.position_anchor == "predictor" else 0)
-    return range(max(0, first + shift), max(0, first + k + shift))
+    return range(max(0, chosen.start + shift), max(0, chosen.stop + shift))
+
+
+def choose(count: int, config: DistillConfig) -> range:
+    """Which of `count` tokens that could be supervised, in order, are."""
+    k = {"all": count, "last": min(1, count)}.get(config.positions, min(config.k, count))
+    first = 0 if config.positions == "first_k" else count - k
+    return range(first, first + k)

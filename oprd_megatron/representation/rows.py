@@ -23,12 +23,14 @@ class BlockRows:
         mine: rows of the local block that this rank's loss covers; [N] int64.
         by_rank: the rows of every tensor-parallel rank, in rank order.
         tokens: token numbers of all of them, in the same order.
+        own_tokens: token numbers of `mine`.
         replicated: every rank's block holds the rows of all of them (no sequence parallelism).
     """
 
     mine: torch.Tensor
     by_rank: tuple[torch.Tensor, ...]
     tokens: np.ndarray
+    own_tokens: np.ndarray
     replicated: bool
 
 
@@ -49,7 +51,9 @@ def block_rows(tokens: TokenPlacement, order: np.ndarray, grid: Grid, device: to
         members = here[tokens.micro_batch[here] == micro_batch]
         by_shard = [members[tokens.shard[members] == tp] for tp in range(grid.layout.tp)]
         by_rank = tuple(torch.from_numpy(tokens.local_row[shard]).to(device) for shard in by_shard)
-        blocks[int(micro_batch)] = BlockRows(by_rank[coords.tp], by_rank, np.concatenate(by_shard), tokens.replicated)
+        blocks[int(micro_batch)] = BlockRows(
+            by_rank[coords.tp], by_rank, np.concatenate(by_shard), by_shard[coords.tp], tokens.replicated
+        )
     return blocks
 
 

@@ -90,7 +90,7 @@ def score(model: Model, platform: Platform, samples: Sequence[Sample]) -> torch.
     copies = list(samples) * layout.dp  # each data-parallel rank gets a contiguous part: all samples
     arrangement = arrange([len(sample.ids) for sample in copies], layout, micro_batch_size=1)
     finals = FinalStates(model, copies, arrangement)
-    fed = micro_batches(copies, arrangement, model.grid)
+    fed = micro_batches([sample.ids for sample in copies], arrangement, model.grid)
     run_schedule(model, platform, fed, forward_only=True, on_output=finals.on_output)
     scores = torch.zeros(sum(len(sample.response_ids) for sample in copies), device=platform.device)
     if model.grid.is_last_stage:

@@ -78,7 +78,7 @@ def states_and_logits(hf_dir: Path, parallel: ParallelConfig, texts: list[tuple[
         return no_output_loss(micro_batch, output)
 
     layers = range(1, model.architecture.num_layers + 1)
-    fed = micro_batches(samples, arrangement, model.grid)
+    fed = micro_batches([sample.ids for sample in samples], arrangement, model.grid)
     with attached_taps(model, layers, "post_norm", tap):
         run_schedule(model, select_platform("cpu"), fed, forward_only=True, head=True, on_output=keep)
     return {

@@ -114,7 +114,7 @@ def _loss(samples, teacher, student, pairs, distill, bridge, pre_norm):  # type:
                     f"teacher.{pair.teacher_layer}.projection"
                 ].T
                 h_s = h_s @ bridge[f"student.{pair.student_layer}.projection"].T
-            if distill.normalize == "l2":
+            if distill.normalization == "l2":
                 h_t, h_s = (torch.nn.functional.normalize(h, dim=-1) for h in (h_t, h_s))
             total = total + (h_s - h_t).square().mean(-1).sum() / len(pairs)
     return distill.coefficient * total / count

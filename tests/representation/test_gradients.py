@@ -138,7 +138,7 @@ def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> t
         for pair in pairs:
             h_t = states[0][pair.teacher_layer - 1][0, positions].detach()
             h_s = states[1][pair.student_layer - 1][0, positions]
-            if distill.normalize == "l2":
+            if distill.normalization == "l2":
                 h_t, h_s = (torch.nn.functional.normalize(h, dim=-1) for h in (h_t, h_s))
             total = total + (h_s - h_t).square().mean(-1).sum() / len(pairs)
     loss = distill.coefficient * total / count

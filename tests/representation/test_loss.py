@@ -118,23 +118,24 @@ def test_rows_add_up() -> None:
 
 
 def test_scale_is_the_global_mean() -> None:
-    """weight = coefficient / (|Lset| * M): two unequal ranks and two layers give Eq. 6, not a mean of means."""
-    scale = LossScale(coefficient=10.0, num_layers=2, num_tokens=7)
-    assert scale.weight == 10.0 / 14
+    """weight = layer's weight * coefficient / (|Lset| * M): two unequal ranks and two layers give Eq. 6, not a mean of means."""
+    scale = LossScale(coefficient=10.0, num_tokens=7, layer_weights={3: 0.5, 4: 1.5})
+    assert scale.weight(3) == 0.5 * 10.0 / 14
     layers = [(rows(7, 1), rows(7, 2)), (rows(7, 3), rows(7, 4))]
     ranks = [(0, 1), (1, 7)]
-    loss = sum(scale.weight * row_loss(s[a:b], t[a:b], "none").item() for s, t in layers for a, b in ranks)
-    expected = 10.0 * sum((s - t).square().mean().item() for s, t in layers) / 2
+    loss = sum(scale.weight(number) * row_loss(s[a:b], t[a:b], "none").item()
+               for number, (s, t) in enumerate(layers, start=3) for a, b in ranks)  # fmt: skip
+    expected = 10.0 * sum(w * (s - t).square().mean().item() for w, (s, t) in zip((0.5, 1.5), layers, strict=True)) / 2
     assert loss == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("how", ["none", "l2"])
 def test_alignment_fields(how: str) -> None:
     """Sums over rows, float64, in the order of the names: loss terms, raw MSE, cosine, norm ratio, rows. No graph."""
-    assert ALIGNMENT_FIELDS == ("loss", "mse", "cosine", "norm_ratio", "rows")
+    assert ALIGNMENT_FIELDS == ("loss", "mse", "cosine", "norm_ratio", "inside", "rows")
     student, teacher = rows(5, 1, dtype=torch.float32).requires_grad_(), 3 * rows(5, 2, dtype=torch.float32)
     sums = alignment_sums(student, teacher, how)
-    assert sums.dtype == torch.float64 and sums.shape == (5,) and not sums.requires_grad
+    assert sums.dtype == torch.float64 and sums.shape == (6,) and not sums.requires_grad
     s, t = student.detach().double(), teacher.double()
     dot = (s * t).sum(-1)
     expected = {
@@ -142,6 +143,7 @@ def test_alignment_fields(how: str) -> None:
         "mse": formula(s, t, "none"),
         "cosine": (dot / (s.norm(dim=-1) * t.norm(dim=-1))).sum().item(),
         "norm_ratio": (s.norm(dim=-1) / t.norm(dim=-1)).sum().item(),
+        "inside": 0,
         "rows": 5,
     }
     for name, found in zip(ALIGNMENT_FIELDS, sums.tolist(), strict=True):
@@ -151,4 +153,4 @@ def test_alignment_fields(how: str) -> None:
 def test_alignment_of_no_rows_is_zero() -> None:
     """Nothing supervised adds nothing to any sum."""
     empty = torch.zeros(0, D)
-    assert torch.equal(alignment_sums(empty, empty, "l2"), torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(alignment_sums(empty, empty, "l2"), torch.zeros(6, dtype=torch.float64))

@@ -86,7 +86,11 @@ def test_ranks_are_fed_what_lies_on_them(case: Case) -> None:
         for coords in places(side.layout):
             if coords.tp:
                 continue
-            fed = micro_batches(numbered(side), side.arrangement, Grid(side.layout, side.layout.rank(coords), None))
+            fed = micro_batches(
+                [sample.ids for sample in numbered(side)],
+                side.arrangement,
+                Grid(side.layout, side.layout.rank(coords), None),
+            )
             assert [batch.number for batch in fed] == list(range(side.arrangement.num_micro_batches))
             for batch in fed:
                 expected = unsplit.codes(coords, batch.number)

@@ -56,7 +56,7 @@ def traced(
         )  # fmt: skip
     alignment = Alignment(built[0], built[1], distill, platform, micro_batch_size=1)
     calls, injected, open_now, most_open = [], [], set(), 0
-    on_state, row_gradient = Aligner.on_state, Aligner.row_gradient
+    on_state, gradients = Aligner.on_state, Aligner.gradients
 
     def watch(self: Aligner, layer: int, micro_batch: int, hidden: torch.Tensor) -> torch.Tensor | None:
         nonlocal most_open
@@ -68,11 +68,11 @@ def traced(
     def count(self: Aligner, layer: int, micro_batch: int, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         injected.append((layer, micro_batch, hidden.size(0)))
         open_now.discard((layer, micro_batch))
-        return row_gradient(self, layer, micro_batch, hidden)
+        return gradients(self, layer, micro_batch, hidden)
 
-    Aligner.on_state, Aligner.row_gradient = watch, count
+    Aligner.on_state, Aligner.gradients = watch, count
     sums = alignment.run(alignment.plan(UNEVEN), train=True)
-    Aligner.on_state, Aligner.row_gradient = on_state, row_gradient
+    Aligner.on_state, Aligner.gradients = on_state, gradients
     gradients = torch.cat(
         [p.grad.flatten() for chunk in built[1].chunks for p in chunk.parameters() if p.grad is not None]
     )
