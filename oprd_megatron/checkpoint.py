@@ -12,8 +12,8 @@ mcore saves and loads on all ranks of the world together, and has global rank 0 
 without a student brings no tensors, and takes the rest from the student's first rank.
 
 A checkpoint holds the student, its optimizer and schedule, the step (which is also the data cursor, because the prompts of a
-step are a function of seed and step), the weight version, the random states and the resolved config. Nothing in a step
-draws from the global random states; they are there for what users may add.
+step are a function of seed and step), the weight version, the random states, the resolved config, and the bridge. Nothing in a
+step draws from the global random states; they are there for what users may add.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.mapping import CheckpointingException, Sha
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from oprd_megatron.config import RunConfig, dump_config
@@ -46,9 +47,12 @@ from oprd_megatron.optimizer import StudentOptimizer
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.grid import as_parallel_state
 from oprd_megatron.platform import Platform
+from oprd_megatron.representation.bridge import Bridge
 
 FOLDER = "checkpoints"
 TRACKER = "latest_checkpointed_iteration.txt"
+BRIDGE = "bridge.safetensors"
+"""In a checkpoint: the bridge as it was, which a refit may have changed since the run began."""
 
 UNREADABLE = (
     CheckpointException,
@@ -100,9 +104,15 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def save_checkpoint(
-    config: RunConfig, student: Model, optimizer: StudentOptimizer | None, progress: Progress, platform: Platform
+    config: RunConfig,
+    student: Model,
+    optimizer: StudentOptimizer | None,
+    progress: Progress,
+    platform: Platform,
+    bridge: Bridge | None = None,
 ) -> Path:
-    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student.
+    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student, `bridge` where
+    the run has none.
 
     Raises:
         CheckpointError, UserError: the disk is full or read-only; the previous checkpoint is untouched.
@@ -131,6 +141,8 @@ def save_checkpoint(
             ) from None
     with together(f"publishing {final}"):
         if dist.get_rank() == 0:
+            if bridge is not None:
+                save_file({name: part.cpu() for name, part in bridge.contiguous().items()}, staging / BRIDGE)
             if final.exists():
                 shutil.rmtree(final)
             staging.rename(final)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from checkpoints_conversion.commands import app as convert_app
+from oprd_megatron.bridge.commands import app as bridge_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ A mistake of yours prints one line (what, where, what to do) and exits with code
 )
 
 app.add_typer(convert_app, name="convert")
+app.add_typer(bridge_app, name="bridge")
 
 Config = Annotated[
     Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)

@@ -27,12 +27,13 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     """
     import torch.distributed as dist
 
-    from oprd_megatron.checkpoint import load_weights
+    from oprd_megatron.checkpoint import BRIDGE, load_weights
     from oprd_megatron.evaluation.held_out import HeldOut
     from oprd_megatron.logging import write_atomically
     from oprd_megatron.parallel.heartbeat import heartbeat
     from oprd_megatron.platform import init_distributed, select_platform
     from oprd_megatron.preflight import preflight
+    from oprd_megatron.representation.space import build_space, resume_bridge
     from oprd_megatron.rollout.build import build_engine
     from oprd_megatron.rollout.weight_sync import sync_weights
     from oprd_megatron.trainer import build_models
@@ -44,9 +45,11 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     init_distributed(platform)
     with heartbeat():
         teacher, student = build_models(checked, platform)
+        space = build_space(config.distill, checked.pairs, teacher, student, platform.device)
         if checkpoint is not None:
             load_weights(checkpoint, student, platform)
-        held_out = HeldOut(checked, teacher, student, platform)
+            resume_bridge(space, checkpoint / BRIDGE, checked.pairs, teacher, student)
+        held_out = HeldOut(checked, teacher, student, platform, space)
         engine = build_engine(config, config.student, student.grid.layout, platform)
         sync_weights(engine, student, version=0)
         record = held_out.record(0, engine, samples=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import Any
 
 import torch.distributed as dist
 
-from oprd_megatron.checkpoint import Progress, load_checkpoint, save_checkpoint
+from oprd_megatron.bridge.health import Health
+from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint, save_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.evaluation.held_out import HeldOut
 from oprd_megatron.evaluation.summary import print_summary
@@ -27,7 +29,10 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import CONFIG_FILE, Checked, preflight
+from oprd_megatron.representation.space import LowRank, Space, build_space, resume_bridge
 from oprd_megatron.trainer import Trainer, build_models, export_student
+
+messages = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> None:
@@ -47,12 +52,15 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         show_result(config)
         return
     teacher, student = build_models(checked, platform)
-    held_out = HeldOut(checked, teacher, student, platform) if config.eval else None
-    trainer = Trainer(checked, teacher, student, platform)
+    space = build_space(config.distill, checked.pairs, teacher, student, platform.device)
+    held_out = HeldOut(checked, teacher, student, platform, space) if config.eval else None
+    trainer = Trainer(checked, teacher, student, platform, space)
     progress = Progress(step=0, weight_version=0)
     if checked.resume_from is not None:
         progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform)
+        resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teacher, student)
     logger = open_run(config, progress, fresh=checked.resume_from is None)
+    health = watch_bridge(config, space)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
         log(logger, held_out.record(0, trainer.engine, samples=True))
@@ -62,11 +70,15 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         progress = Progress(step + 1, trainer.weight_version)
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
-            log(logger, held_out.record(progress.step, trainer.engine, samples=is_last))
+            record = held_out.record(progress.step, trainer.engine, samples=is_last)
+            log(logger, record)
+            for line in health.warnings(record) if health else []:
+                messages.warning(line)
         if progress.step == last:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
-            save_checkpoint(config, student, trainer.optimizer, progress, platform)
+            bridge = space.whole if isinstance(space, LowRank) else None
+            save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge)
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:
@@ -82,6 +94,14 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     log(logger, summary)
     logger.close()
     show_result(config)
+
+
+def watch_bridge(config: RunConfig, space: Space) -> Health | None:
+    """Follows the bridge from here on, and from what the run has measured so far; None without one."""
+    if not isinstance(space, LowRank):
+        return None
+    metrics = config.run.dir / METRICS_FILE
+    return Health(config.bridge.warn_drop, read_records(metrics) if metrics.exists() else [])
 
 
 def is_finished(config: RunConfig) -> bool:

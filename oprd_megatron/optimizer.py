@@ -67,22 +67,25 @@ class StudentOptimizer:
         return None
 
 
-def build_optimizer(student: Model, config: OptimizerConfig, steps: int, platform: Platform) -> StudentOptimizer:
+def build_optimizer(
+    student: Model, config: OptimizerConfig, steps: int, platform: Platform, trains_head: bool = False
+) -> StudentOptimizer:
     """Wrap the student for training. Only on ranks of the student's grid.
 
     The representation loss carries its own global denominator, so gradients are SUMMED over data-parallel ranks
-    (`calculate_per_token_loss` in the model's config) and mcore's division by a token count is left out. An untied LM head
-    is frozen: the loss never reaches it, and weight decay must not shrink it.
+    (`calculate_per_token_loss` in the model's config) and mcore's division by a token count is left out. Unless
+    `trains_head`, an untied LM head is frozen: the loss never reaches it, and weight decay must not shrink it.
 
     Args:
         student: built with `frozen=False`.
         config: optimiser section.
         steps: steps of the whole run, which the schedule spans.
         platform: of this run.
+        trains_head: there is a term in output space.
     """
     bf16 = student.config.bf16
     for chunk in student.chunks:
-        if chunk.post_process and not student.architecture.tie_word_embeddings:
+        if chunk.post_process and not student.architecture.tie_word_embeddings and not trains_head:
             chunk.output_layer.weight.requires_grad_(False)
     student.config.finalize_model_grads_func = _finalize_without_rescaling
     ddp_config = DistributedDataParallelConfig(

@@ -6,6 +6,7 @@ runs it, because every rank needs what it returns; the same input gives the same
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -16,16 +17,27 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints_conversion import Architecture, check_model, mappings_for
+from oprd_megatron.bridge.artefact import Fingerprints, check_bridge, read_info
+from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.config.schema import ModelConfig
+from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_turn
+from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.space import check_space
+from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, load_prompts, refuse_overlap
+from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TEXTS_TO_ALIGN = 200
+"""Prompts whose texts two tokenizers are compared on before a run."""
 
 CONFIG_FILE = "config.yaml"
 """The resolved config, saved in the run directory."""
@@ -45,7 +57,8 @@ class Checked:
         teacher, student: architectures.
         teacher_layout, student_layout: grids.
         pairs: supervised layers.
-        tokenizer: the student's (the teacher's is the same).
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's, where it is another one; else None.
         prompts, held_out: as token ids; `held_out` is empty without an eval section.
         resume_from: checkpoint to continue from, None for a fresh start.
     """
@@ -57,6 +70,7 @@ class Checked:
     student_layout: GridLayout
     pairs: list[LayerPair]
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None
     prompts: list[Prompt]
     held_out: list[Prompt]
     resume_from: Path | None
@@ -65,6 +79,31 @@ class Checked:
     def shared_vocab_size(self) -> int:
         """Ids that both models have: models of one family pad their vocabularies differently (151,936 and 152,064)."""
         return min(self.teacher.vocab_size, self.student.vocab_size)
+
+    @property
+    def two_tokenizers(self) -> bool:
+        """Whether the teacher reads text in tokens of its own."""
+        return self.teacher_tokenizer is not None
+
+    @property
+    def student_vocab_size(self) -> int:
+        """Ids that the student may write: those that the teacher can read."""
+        return self.student.vocab_size if self.two_tokenizers else self.shared_vocab_size
+
+    def sample_maker(self, prompts: list[Prompt]) -> SampleMaker:
+        """Makes samples of the responses to these prompts."""
+        if self.teacher_tokenizer is None:
+            return SampleMaker(prompts, self.config.distill)
+        mine, theirs = self.tokenizer, self.teacher_tokenizer
+        ends = [eos_ids(section.path, tokenizer.eos_token_id)
+                for section, tokenizer in ((self.config.student, mine), (self.config.teacher, theirs))]  # fmt: skip
+        return SampleMaker(
+            prompts,
+            self.config.distill,
+            to_teacher=Retokenizer(mine, theirs, ends[0], end_of_turn(theirs)),
+            to_student=Retokenizer(theirs, mine, ends[1], end_of_turn(mine)),
+            teacher_context=self.teacher.max_position_embeddings,
+        )
 
 
 def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Checked:
@@ -86,15 +125,30 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     check_space(config.distill, teacher.hidden_size, student.hidden_size)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
+    if config.distill.opd_coefficient and teacher_layout.ranks != student_layout.ranks:
+        raise ConfigError(
+            "distill.opd_coefficient: OPD needs both models on the same ranks; leave teacher.parallel.ranks and "
+            "student.parallel.ranks out, or set it to 0"
+        )
     check_budget(planner(config, pairs, teacher, teacher_layout, student_layout), config)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
-    check_same_tokenizer(tokenizer, load_tokenizer(config.teacher.path))
-    check_tokenizer(tokenizer, teacher.vocab_size, config.teacher.path)
-    prompts = load_prompts(config.rollout.prompts, tokenizer)
+    theirs = load_tokenizer(config.teacher.path)
+    check_tokenizer(theirs, teacher.vocab_size, config.teacher.path)
+    if config.distill.bridge is not None:
+        _check_bridge(config, teacher, student, pairs, tokenizer, theirs)
+    other = theirs if config.distill.cross_tokenizer else None
+    if other is None:
+        check_same_tokenizer(tokenizer, theirs)
+    prompts = load_prompts(config.rollout.prompts, tokenizer, other)
+    if other is not None:
+        texts = [prompt.text for prompt in prompts[:TEXTS_TO_ALIGN]]
+        aligned = check_shared_boundaries(tokenizer, other, texts, config.distill.min_aligned)
+        logger.info("distill.cross_tokenizer: %.1f %% of the student's tokens end where one of the teacher's does, over %d "
+                    "prompts", 100 * aligned, len(texts))  # fmt: skip
     held_out: list[Prompt] = []
     if config.eval is not None:
-        held_out = load_prompts(config.eval.prompts, tokenizer)
+        held_out = load_prompts(config.eval.prompts, tokenizer, other)
         refuse_overlap(prompts, held_out, config.eval.prompts.path)
     _check_context(config, teacher, student, prompts, held_out)
     return Checked(
@@ -105,9 +159,39 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         student_layout,
         pairs,
         tokenizer,
+        other,
         prompts,
         held_out,
         resume_from,
+    )
+
+
+def _check_bridge(
+    config: RunConfig,
+    teacher: Architecture,
+    student: Architecture,
+    pairs: list[LayerPair],
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """The bridge is whole, and was fitted for these models, tokenizers and layers."""
+    assert config.distill.bridge is not None
+    info = read_info(config.distill.bridge)
+    found = fingerprints(config, (teacher, student), (teacher_tokenizer, tokenizer))
+    check_bridge(config.distill.bridge, info, pairs, found)
+
+
+def fingerprints(
+    config: RunConfig,
+    architectures: tuple[Architecture, Architecture],
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+) -> Fingerprints:
+    """What a bridge of this run belongs to. Both tuples: the teacher's, the student's."""
+    return Fingerprints(
+        teacher=model_fingerprint(config.teacher.path, architectures[0]),
+        student=model_fingerprint(config.student.path, architectures[1]),
+        teacher_tokenizer=tokenizer_fingerprint(tokenizers[0]),
+        student_tokenizer=tokenizer_fingerprint(tokenizers[1]),
     )
 
 
@@ -177,9 +261,10 @@ def _check_context(
     config: RunConfig, teacher: Architecture, student: Architecture, prompts: list[Prompt], held_out: list[Prompt]
 ) -> None:
     context = min(teacher.max_position_embeddings, student.max_position_embeddings)
-    wanted = [("rollout", max(len(p.token_ids) for p in prompts), config.rollout.max_response_tokens)]
+    longest = lambda prompts: max(max(len(p.token_ids), len(p.teacher_ids)) for p in prompts)  # noqa: E731
+    wanted = [("rollout", longest(prompts), config.rollout.max_response_tokens)]
     if config.eval is not None:
-        wanted.append(("eval", max(len(p.token_ids) for p in held_out), config.eval.max_response_tokens))
+        wanted.append(("eval", longest(held_out), config.eval.max_response_tokens))
     for section, prompt, response in wanted:
         if prompt + response > context:
             raise ConfigError(

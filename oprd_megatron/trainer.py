@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch.distributed as dist
 
 from checkpoints_conversion import Architecture
 from checkpoints_conversion.live.export import export_hf
+from oprd_megatron.bridge.fit import Stage1
 from oprd_megatron.config.schema import ModelConfig, StudentConfig
 from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.models import DTYPES, Model, build_model
+from oprd_megatron.objectives.opd import OPD
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
 from oprd_megatron.parallel import GridLayout
 from oprd_megatron.parallel.agreement import together
@@ -29,10 +31,12 @@ from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment, AlignmentReport
 from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
-from oprd_megatron.rollout import PromptSource, Rollout, SamplingParams
+from oprd_megatron.representation.space import LowRank, Space
+from oprd_megatron.rollout import Rollout
 from oprd_megatron.rollout.build import build_engine
-from oprd_megatron.rollout.collect import collect_rollouts
+from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
 
 
@@ -53,7 +57,8 @@ def place_model(
     platform: Platform,
     frozen: bool,
 ) -> Model:
-    """One model of a run on a grid of its own. Collective. Vocabularies are padded alike, whichever model it is."""
+    """One model of a run on a grid of its own. Collective. Vocabularies are padded alike, whichever model it is, unless they
+    are of different tokenizers."""
     with platform.scope():
         grid = build_grid(layout)
         init_mcore_globals(checked.config.run.seed, grid.coords.tp if grid.is_member else 0)
@@ -64,7 +69,7 @@ def place_model(
         dtype=DTYPES[section.dtype],
         hf_dir=section.path,
         frozen=frozen,
-        vocab_size=max(checked.teacher.vocab_size, checked.student.vocab_size),
+        vocab_size=0 if checked.two_tokenizers else max(checked.teacher.vocab_size, checked.student.vocab_size),
         recompute=section.recompute if isinstance(section, StudentConfig) else None,
     )
 
@@ -91,21 +96,34 @@ class Trainer:
         checked: from `preflight`.
         teacher, student: from `build_models`.
         platform: of this rank.
+        space: in which states are compared; left out, it is built as the config says.
     """
 
-    def __init__(self, checked: Checked, teacher: Model, student: Model, platform: Platform) -> None:
+    def __init__(
+        self, checked: Checked, teacher: Model, student: Model, platform: Platform, space: Space | None = None
+    ) -> None:
         config = checked.config
         self.config, self.platform, self.student = config, platform, student
         self.alignment = Alignment(
-            teacher, student, config.distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens
+            teacher,
+            student,
+            config.distill,
+            platform,
+            config.run.micro_batch_size,
+            config.run.micro_batch_tokens,
+            space,
         )
         self.optimizer: StudentOptimizer | None = None  # stays None on ranks of the teacher alone
         if student.grid.is_member:
-            self.optimizer = build_optimizer(student, config.optimizer, config.run.steps, platform)
-        self.source = PromptSource(checked.prompts, config.run.seed)
+            trains_head = config.distill.opd_coefficient > 0
+            self.optimizer = build_optimizer(student, config.optimizer, config.run.steps, platform, trains_head)
+        self.opd: OPD | None = None
+        if config.distill.opd_coefficient:
+            self.opd = OPD(teacher, student, config.distill.opd_coefficient, platform.device)
+        self.samples = checked.sample_maker(checked.prompts)
         self.engine = build_engine(config, config.student, student.grid.layout, platform)
+        self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
         self.probe = make_probe(checked.prompts)
-        self.vocab_size = checked.shared_vocab_size
         self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
         self.weight_version = 0
 
@@ -118,14 +136,25 @@ class Trainer:
         """
         start, phase = time.perf_counter(), Phases(self.platform)
         with phase("rollout"):
-            rollouts = self.rollouts(step)
-        plan = self.alignment.plan([Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts])
+            rollouts = self.text.rollouts(step)
+        samples = self.samples.of_student(rollouts)
+        refitted = self.refit(step, samples)
+        self.alignment.advance(step / max(1, self.config.run.steps - 1))
+        plan = self.alignment.plan(samples)
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        sums = self.alignment.run(
-            plan, train=True, chunks=self.optimizer.chunks if self.optimizer else None, phase=phase
-        )
+        passes = Passes(train=True, chunks=self.optimizer.chunks if self.optimizer else None, phase=phase)
+        output = None if self.opd is None else self.opd.of_batch(plan)
+        if output is not None:
+            passes = replace(
+                passes,
+                on_teacher_output=output.on_teacher_output,
+                on_student_output=output.on_student_output,
+                between=output.between,
+            )
+        sums = self.alignment.run(plan, passes)
         report = self.alignment.reduce(sums)
+        kl = None if output is None else output.mean_kl()
         _stop_on_bad_loss(step + 1, report, sums)
         with phase("optimizer"):
             grad_norm, lr = self.update()
@@ -134,7 +163,8 @@ class Trainer:
         return {
             "kind": "train",
             "step": step + 1,
-            "loss": report.loss,
+            "loss": report.loss + self.config.distill.opd_coefficient * (kl or 0.0),
+            **({} if kl is None else {"reverse_kl": kl}),
             "cosine": report.mean_cosine,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -146,6 +176,9 @@ class Trainer:
             **({} if report.wire_error is None else {"wire_error": report.wire_error}),
             "probe_difference": difference,
             "weight_version": self.weight_version,
+            **({} if report.inside is None else {"inside": sum(report.inside) / len(report.inside)}),
+            **({} if self.samples.aligned_fraction is None else {"aligned_fraction": self.samples.aligned_fraction}),
+            **({"refitted": True} if refitted else {}),
             "layers": {
                 "student": report.student_layers,
                 "teacher": report.teacher_layers,
@@ -153,6 +186,7 @@ class Trainer:
                 "cosine": report.cosine,
                 "mse": report.mse,
                 "norm_ratio": report.norm_ratio,
+                **({} if report.inside is None else {"inside": report.inside}),
             },
         }
 
@@ -166,19 +200,15 @@ class Trainer:
         grad_norm, lr = values.tolist()
         return grad_norm, lr
 
-    def rollouts(self, step: int) -> list[Rollout]:
-        """The student's responses for one step, on every rank, in order. Collective."""
-        section = self.config.rollout
-        params = SamplingParams(
-            temperature=section.temperature,
-            top_p=section.top_p,
-            max_response_tokens=section.max_response_tokens,
-            stop=tuple(section.stop),
-            seed=self.config.run.seed,
-            vocab_size=self.vocab_size,
-        )
-        prompts = self.source.batch(step, section.prompts_per_step)
-        return collect_rollouts(self.engine, prompts, section.responses_per_prompt, params, step)
+    def refit(self, step: int, samples: list[Sample]) -> bool:
+        """Fit the student's half of the bridge again on this step's text, if it is due (`bridge.refit_every`). The teacher's
+        half stays, and so does the optimizer's state. Returns whether it did. Collective."""
+        every, space = self.config.bridge.refit_every, self.alignment.space
+        if not every or not step or step % every or not isinstance(space, LowRank):
+            return False
+        stage = Stage1(self.alignment.teacher, self.student, self.alignment.pairs, self.config, self.platform)
+        space.replace(replace(space.whole, student=stage.projections([samples], space.whole)))
+        return True
 
     def sync(self, version: int, phase: Phases | None = None) -> float:
         """Give the engine the student's weights and prove that they arrived. Returns the probe's difference (nats).

@@ -197,16 +197,21 @@ class DistillConfig(Strict):
     normalize: Literal["auto", "none", "l2"] = "auto"
     """none: raw mean squared error. l2: both vectors scaled to unit length first, which makes the loss about 1/width of its
     raw size. auto: l2 through a low-rank bridge (Eq. 14), none otherwise."""
-    coefficient: Annotated[float, Field(gt=0.0)] = 1.0
-    """Factor on the loss."""
+    coefficient: NonNegative = 1.0
+    """Factor on the representation loss; 0 only measures it."""
+    opd_coefficient: NonNegative = 0.0
+    """Factor on OPD, exact reverse KL over the vocabulary (Eq. 4), which is added (Eq. 7); 0 leaves it out. Needs both models
+    on the same ranks and one tokenizer."""
     mode: Literal["auto", "identity", "low_rank", "low_rank_residual", "linear"] = "auto"
     """In which space states are compared. identity: as they are (equal widths). low_rank: both projected by the frozen bridge
-    (Eq. 14). low_rank_residual: without the directions that the teacher's LM head reads most (equal widths). linear: the
+    (Eq. 14). low_rank_residual: the same without its first bridge_head directions, which explain most. linear: the
     student's through a matrix [d_T, d_S] for each layer that is trained with it. auto: low_rank with a bridge, or
     identity."""
     bridge: Path | None = None
     """Bridge (safetensors, from `oprd bridge fit`): frozen projections of both models' states into a common low-rank space,
     for models of different widths and for less traffic: the teacher's states are projected before they travel."""
+    bridge_head: Annotated[int, Field(ge=0)] = 0
+    """low_rank_residual: leading directions of the bridge that are left out; states are compared in their complement."""
     cross_tokenizer: bool = False
     """Teacher and student have different tokenizers: the teacher reads the response's text in its own tokens, and only tokens
     that end at the same byte in both are supervised."""
@@ -230,12 +235,18 @@ class DistillConfig(Strict):
     @property
     def normalization(self) -> Literal["none", "l2"]:
         """`normalize`, resolved."""
-        return self.normalize if self.normalize != "auto" else "l2" if self.space == "low_rank" else "none"
+        return self.normalize if self.normalize != "auto" else "l2" if self.space.startswith("low_rank") else "none"
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
         if self.mode in ("identity", "linear") and self.bridge is not None:
             raise ValueError(f"mode: {self.mode} uses no bridge; leave distill.bridge out, or choose mode: low_rank")
+        if (self.mode == "low_rank_residual") != bool(self.bridge_head):
+            raise ValueError("mode: low_rank_residual and bridge_head: N (the directions it leaves out) go together")
+        if not self.coefficient and not self.opd_coefficient:
+            raise ValueError("coefficient and opd_coefficient are both 0: there is nothing to train on")
+        if self.opd_coefficient and self.cross_tokenizer:
+            raise ValueError("opd_coefficient needs one vocabulary; leave it at 0 with cross_tokenizer: true")
         if self.min_aligned and not self.cross_tokenizer:
             raise ValueError("min_aligned is for models with different tokenizers; set cross_tokenizer: true")
         return self
@@ -245,7 +256,7 @@ class BridgeConfig(Strict):
     """Stage 1, `oprd bridge fit` (OPRD Eq. 12-13), the measured layer map, `oprd bridge map`, and the bridge's health."""
 
     rank: PositiveInt | Literal["auto"] = 8
-    """Directions that are kept. auto: the smallest power of two whose held-out cosine is within 0.01 of the best."""
+    """Directions that are kept. auto: the largest power of two whose held-out cosine is within 0.01 of the best."""
     max_rank: PositiveInt = 256
     """Ranks 1, 2, 4, .. up to this one are measured on held-out rows, all from one decomposition."""
     prompts: PositiveInt = 2000
@@ -270,10 +281,14 @@ class BridgeConfig(Strict):
     """mlp only: numbers between the two layers."""
     allow_constant: bool = False
     """Accept a dimension of the teacher's states that never changes; it usually means a broken model."""
-    map_width: PositiveInt = 128
-    """Layer map only: numbers of each state that are compared and travel."""
+    map_width: PositiveInt = 256
+    """Layer map only: numbers of each layer's update that are compared and travel."""
+    map_ties: bool = False
+    """Layer map only: student layers next to each other may share a teacher layer. They may in any case where the student is
+    deeper than the teacher."""
     map_floor: float | None = None
-    """Layer map only: student layers whose best score is below this are not supervised."""
+    """Layer map only: student layers whose best score (in standard deviations, 0 is a pair like any other) is below this are
+    not supervised."""
     warn_drop: Fraction = 0.1
     """Warn when a layer's held-out cosine has fallen this far below its best."""
     refit_every: Annotated[int, Field(ge=0)] = 0

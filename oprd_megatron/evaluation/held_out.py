@@ -4,6 +4,7 @@ The teacher answers the held-out prompts once, sampled with a fixed seed. On the
 KL(teacher || student) over the whole vocabulary, the student's cross-entropy, and the cosine of every supervised layer
 pair at the run's own positions. The answers are scored a few micro-batches at a time, so that memory does not
 grow with their number, and by one forward of each model: the head is applied to final hidden states in chunks of tokens.
+Models with different tokenizers have no KL: their vocabularies have nothing in common.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,6 +31,8 @@ from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.flow import Passes
+from oprd_megatron.representation.space import Space
 from oprd_megatron.rollout import Rollout, RolloutEngine, SamplingParams
 from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.collect import collect_rollouts
@@ -42,25 +46,34 @@ class HeldOut:
         checked: from `preflight`; its config has an eval section.
         teacher, student: the models.
         platform: of this rank.
+        space: the run's, in which states are compared; left out, it is built as the config says.
     """
 
-    def __init__(self, checked: Checked, teacher: Model, student: Model, platform: Platform) -> None:
+    def __init__(
+        self, checked: Checked, teacher: Model, student: Model, platform: Platform, space: Space | None = None
+    ) -> None:
         assert checked.config.eval is not None
         self.config, self.prompts, self.tokenizer = checked.config.eval, checked.held_out, checked.tokenizer
-        self.alignment = Alignment(teacher, student, checked.config.distill, platform, self.config.micro_batch_size)
+        self.alignment = Alignment(
+            teacher, student, checked.config.distill, platform, self.config.micro_batch_size, space=space
+        )
         engine = build_engine(checked.config, checked.config.teacher, teacher.grid.layout, platform)
         sync_weights(engine, teacher, version=0)
         self.sampling = SamplingParams(
             temperature=self.config.temperature,
             max_response_tokens=self.config.max_response_tokens,
             seed=checked.config.run.seed,
-            vocab_size=checked.shared_vocab_size,
+            vocab_size=checked.student_vocab_size,
         )
-        rollouts = collect_rollouts(engine, self.prompts, 1, self.sampling, step=0)
+        both, theirs, asked = checked.two_tokenizers, self.sampling, self.prompts
+        if both:
+            theirs = replace(theirs, vocab_size=checked.teacher.vocab_size)
+            asked = [replace(prompt, token_ids=prompt.teacher_ids) for prompt in asked]
+        rollouts = collect_rollouts(engine, asked, 1, theirs, step=0)
         if engine is not None:
             engine.close()
-        self.head = teacher_head(teacher, student)
-        self.answers = [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+        self.head = None if both else teacher_head(teacher, student)
+        self.answers = checked.sample_maker(self.prompts).of_teacher(rollouts)
 
     def due(self, step: int, last: int) -> bool:
         """Whether to evaluate after `step` finished steps of a run of `last`."""
@@ -105,14 +118,16 @@ def evaluate(
 
     Returns:
         {"kind": "eval", "step", "kl", "cross_entropy", "cosine", "tokens", "seconds", "layers": {..}}; kl and
-        cross_entropy in nats a token.
+        cross_entropy in nats a token of the student's; kl is None with two tokenizers.
     """
     start = time.perf_counter()
-    head = teacher_head(alignment.teacher, alignment.student) if head is None else head
+    comparable = all(answer.teacher is None for answer in answers)
+    if comparable and head is None:
+        head = teacher_head(alignment.teacher, alignment.student)
     totals = torch.zeros(3, dtype=torch.float64)
     sums: dict[int, torch.Tensor] = {}
     for samples in _portions(answers, alignment):
-        part, layer_sums = _score(alignment, samples, head)
+        part, layer_sums = _score(alignment, samples, head, comparable)
         totals += part
         for layer, value in layer_sums.items():
             sums[layer] = sums.get(layer, 0) + value
@@ -122,12 +137,17 @@ def evaluate(
     return {
         "kind": "eval",
         "step": step,
-        "kl": divergence / tokens,
+        "kl": divergence / tokens if comparable else None,
         "cross_entropy": cross_entropy / tokens,
         "cosine": report.mean_cosine,
         "tokens": int(tokens),
         "seconds": time.perf_counter() - start,
-        "layers": {"student": report.student_layers, "teacher": report.teacher_layers, "cosine": report.cosine},
+        "layers": {
+            "student": report.student_layers,
+            "teacher": report.teacher_layers,
+            "cosine": report.cosine,
+            **({} if report.inside is None else {"inside": report.inside}),
+        },
     }
 
 
@@ -139,32 +159,38 @@ def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[
     size = unit * max(layout.pp * layout.vpp for layout in layouts)
     for first in range(0, len(answers), size):
         portion = list(answers[first : first + size])
-        filler = Sample(portion[0].prompt_ids, ())
+        filler = replace(portion[0], response_ids=(), kept=())
         yield portion + [filler] * (-len(portion) % unit)
 
 
 def _score(
-    alignment: Alignment, samples: list[Sample], head: torch.Tensor | None
+    alignment: Alignment, samples: list[Sample], head: torch.Tensor | None, comparable: bool
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """This rank's [KL, cross-entropy, tokens] sums (on one rank of each tensor-parallel group) and layer sums."""
     plan, grid, device = alignment.plan(samples), alignment.student.grid, alignment.platform.device
-    teachers = [TeacherFinals(alignment.teacher, alignment.student, chunk, device) for chunk in plan.chunks]
+    teachers = [TeacherFinals(alignment.teacher, alignment.student, chunk, device)
+                for chunk in plan.chunks] if comparable else []  # fmt: skip
+    orders: list[np.ndarray | None] = (
+        [finals.route.order for finals in teachers] if comparable else [None] * len(plan.chunks)
+    )
     students = [
-        FinalStates(alignment.student, chunk.samples, chunk.student.arrangement, finals.route.order)
-        for chunk, finals in zip(plan.chunks, teachers, strict=True)
+        FinalStates(alignment.student, chunk.samples, chunk.student.arrangement, order)
+        for chunk, order in zip(plan.chunks, orders, strict=True)
         if grid.is_member
     ]
-    layer_sums = alignment.run(
-        plan,
-        train=False,
-        on_teacher_output=[finals.on_output for finals in teachers],
+    passes = Passes(
+        on_teacher_output=[finals.on_output for finals in teachers] or None,
         on_student_output=[finals.on_output for finals in students],
     )
+    layer_sums = alignment.run(plan, passes)
     totals = torch.zeros(3, dtype=torch.float64)
-    for number, finals in enumerate(teachers):
-        teacher_states = finals.states()
-        if head is not None and teacher_states is not None:
-            totals += _divergence(alignment, (teacher_states, head), students[number])
+    for finals in teachers:
+        teacher_states = finals.states()  # collective, also where there is nothing to score
+        if grid.is_last_stage:
+            assert teacher_states is not None and head is not None
+            totals += _divergence(alignment, (teacher_states, head), students.pop(0))
+    for left in students if grid.is_last_stage else []:
+        totals += _cross_entropy(alignment, left)
     counts = grid.is_member and grid.coords.tp == 0
     return totals if counts else torch.zeros(3, dtype=torch.float64), layer_sums
 
@@ -179,4 +205,15 @@ def _divergence(alignment: Alignment, teacher: tuple[torch.Tensor, torch.Tensor]
         divergence = vocab_parallel_kl(log_p, log_q, group).double().sum()
         cross_entropy = -vocab_parallel_gather(log_q, ids, group).double().sum()
         totals += torch.tensor([divergence, cross_entropy, len(ids)], dtype=torch.float64)
+    return totals
+
+
+def _cross_entropy(alignment: Alignment, student: FinalStates) -> torch.Tensor:
+    """[0, cross-entropy, tokens] sums over this rank's response tokens, where there is no teacher to diverge from."""
+    group, totals = alignment.student.grid.groups.tp, torch.zeros(3, dtype=torch.float64)
+    vocab = alignment.student.architecture.vocab_size
+    log_probs = head_log_probs(student.states(), alignment.student.head_weight, vocab, group)
+    for log_q, ids in zip(log_probs, student.target_chunks(), strict=True):
+        cross_entropy = -vocab_parallel_gather(log_q, ids, group).double().sum()
+        totals += torch.tensor([0.0, cross_entropy, len(ids)], dtype=torch.float64)
     return totals

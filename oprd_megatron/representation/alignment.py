@@ -9,7 +9,7 @@ How a batch goes through is `flow.py`'s business, in which space states are comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.models import Model
-from oprd_megatron.models.schedule import OnOutput
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.batch import BatchPlan, Chunk, Sample
 from oprd_megatron.representation.exchange import Delivery
-from oprd_megatron.representation.flow import Forward, Passes, Phase, StateFlow
+from oprd_megatron.representation.flow import Forward, Passes, StateFlow
 from oprd_megatron.representation.injection import Aligner
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
@@ -126,19 +125,17 @@ class Alignment:
     def run(
         self,
         plan: BatchPlan,
+        passes: Passes | None = None,
         *,
-        train: bool,
+        train: bool = False,
         chunks: Sequence[torch.nn.Module] | None = None,
-        on_teacher_output: Sequence[OnOutput] | None = None,
-        on_student_output: Sequence[OnOutput] | None = None,
-        phase: Phase | None = None,
     ) -> dict[int, torch.Tensor]:
         """Take a batch through teacher, exchange and student. No LM head is called on either model. Collective.
 
         Args:
             plan: from `plan`.
-            train: run the backward of the loss into the student's gradients.
-            chunks, on_teacher_output, on_student_output, phase: as in `Passes`.
+            passes: how; left out, Passes(train, chunks).
+            train, chunks: as in `Passes`.
 
         Returns:
             This rank's {student layer: sums of `ALIGNMENT_FIELDS`}; `reduce` makes a report of them.
@@ -155,8 +152,7 @@ class Alignment:
             for layer, value in aligner.sums().items():
                 totals[layer] = totals.get(layer, torch.zeros_like(value)) + value
 
-        passes = Passes(train, chunks, on_teacher_output, on_student_output)
-        self.flow.run(plan, learn, passes if phase is None else replace(passes, phase=phase))
+        self.flow.run(plan, learn, passes or Passes(train, chunks))
         return totals
 
     def reduce(self, sums: dict[int, torch.Tensor]) -> AlignmentReport:

@@ -5,8 +5,8 @@
 
 A bridge file is safetensors with, for every pair of layers (1-based), `teacher.<layer>.mean` [D_T],
 `teacher.<layer>.projection` [r, D_T] and the student's projector: `student.<layer>.projection` [r, D_S], or the two layers of
-an MLP, `student.<layer>.fc1.weight` [H, D_S], `.fc1.bias` [H], `.fc2.weight` [r, H], `.fc2.bias` [r]; all fp32. A file for the
-residual mode holds `head.basis` [r, D] instead. How they are found is `oprd_megatron.bridge`'s business.
+an MLP, `student.<layer>.fc1.weight` [H, D_S], `.fc1.bias` [H], `.fc2.weight` [r, H], `.fc2.bias` [r]; all fp32.
+How they are found is `oprd_megatron.bridge`'s business.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from oprd_megatron.errors import CheckpointError
 from oprd_megatron.representation.layer_map import LayerPair
 
 LINEAR = "projection"
-HEAD = "head.basis"
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,23 @@ class Bridge:
         """P_S h_S: [N, D_S] fp32 -> [N, r] fp32; gradients flow to the states alone."""
         return project(self.student[layer], states)
 
-    def sliced(self, rank: int) -> Bridge:
-        """The first `rank` directions: principal directions are sorted, and each has its own regression."""
+    def sliced(self, directions: slice) -> Bridge:
+        """A part of the directions: they are sorted by variance, and each has a regression of its own."""
         student = {
             layer: {
-                name: part[:rank] if name in (LINEAR, "fc2.weight", "fc2.bias") else part
+                name: part[directions] if name in (LINEAR, "fc2.weight", "fc2.bias") else part
                 for name, part in parts.items()
             }
             for layer, parts in self.student.items()
         }
-        return replace(self, rank=rank, teacher={layer: p[:rank] for layer, p in self.teacher.items()}, student=student)
+        rank = len(range(*directions.indices(self.rank)))
+        return replace(
+            self, rank=rank, teacher={layer: p[directions] for layer, p in self.teacher.items()}, student=student
+        )
+
+    def contiguous(self) -> dict[str, torch.Tensor]:
+        """`tensors`, each with memory of its own, as safetensors wants them."""
+        return {name: part.clone(memory_format=torch.contiguous_format) for name, part in self.tensors().items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By their names in a file."""
@@ -86,9 +92,7 @@ def bridge_rank(path: Path) -> int:
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            found = [name for name in names if name.startswith("teacher.") and name.endswith(LINEAR)] or [
-                name for name in names if name == HEAD
-            ]
+            found = [name for name in names if name.startswith("teacher.") and name.endswith(LINEAR)]
             shape = file.get_slice(found[0]).get_shape() if found else []
             if len(shape) == 2:
                 return int(shape[0])

@@ -28,7 +28,7 @@ from oprd_megatron.representation.feed import micro_batches
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.rows import block_rows
 from oprd_megatron.representation.spool import Spool
-from oprd_megatron.representation.taps import OnState, attached_taps
+from oprd_megatron.representation.taps import OnState, Tapped, attached_taps
 from oprd_megatron.representation.wire import Wire
 
 Phase = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -56,6 +56,8 @@ class Passes:
         train: with backward, into the student's gradients, which are finalised with the last chunk.
         chunks: the student as wrapped for training (mcore's DDP); the bare one if left out.
         on_teacher_output, on_student_output: for each chunk of the plan, called with the last stage's final states.
+        between: called for each chunk once its states are exchanged, on every rank; may be collective where both models share
+            the ranks.
         phase: times teacher, exchange and student.
     """
 
@@ -63,6 +65,7 @@ class Passes:
     chunks: Sequence[torch.nn.Module] | None = None
     on_teacher_output: Sequence[OnOutput] | None = None
     on_student_output: Sequence[OnOutput] | None = None
+    between: Callable[[int], None] = lambda number: None
     phase: Phase = lambda name: contextlib.nullcontext()
 
 
@@ -77,6 +80,7 @@ class StateFlow:
         wire: format of what travels.
         project: what the teacher's ranks make of a state first; None sends it as it is.
         micro_batch_size, micro_batch_tokens: as in `run`.
+        tapped: states, or updates, of both models.
 
     Attributes:
         sent_bytes, peak_bytes, rounding: of the last `run` on this rank: bytes of states sent, most bytes held at a time, and
@@ -94,9 +98,10 @@ class StateFlow:
         project: Project | None,
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
+        tapped: Tapped = "state",
     ) -> None:
         self.teacher, self.student, self.config, self.platform = teacher, student, config, platform
-        self.pairs, self.wire, self.project = pairs, wire, project
+        self.pairs, self.wire, self.project, self.tapped = pairs, wire, project, tapped
         layouts = teacher.grid.layout, student.grid.layout
         self.planner = Planner(pairs, *layouts, config, wire.state_bytes, micro_batch_size, micro_batch_tokens)
         self.sent_bytes = self.peak_bytes = 0
@@ -125,6 +130,7 @@ class StateFlow:
                     self._teach(chunk, delivery.put, _at(passes.on_teacher_output, number))
             with phase("exchange"):
                 spool.exchange(number)
+                passes.between(number)
             if learns:
                 with phase("student"):
                     learn(chunk, delivery, self._forward(plan, number, passes))
@@ -153,7 +159,7 @@ class StateFlow:
         layers = {pair.teacher_layer for pair in self.pairs}
         read = [sample.teacher_ids for sample in chunk.samples]
         fed = micro_batches(read, chunk.teacher.arrangement, self.teacher.grid)
-        with attached_taps(self.teacher, layers, self.config.final_state, on_state):
+        with attached_taps(self.teacher, layers, self.config.final_state, on_state, self.tapped):
             run_schedule(self.teacher, self.platform, fed, forward_only=True, on_output=on_output)
 
     def _forward(self, plan: BatchPlan, number: int, passes: Passes) -> Forward:
@@ -161,7 +167,7 @@ class StateFlow:
 
         def forward(layers: Collection[int], on_state: OnState) -> None:
             fed = micro_batches([sample.ids for sample in chunk.samples], chunk.student.arrangement, self.student.grid)
-            with attached_taps(self.student, layers, self.config.final_state, on_state):
+            with attached_taps(self.student, layers, self.config.final_state, on_state, self.tapped):
                 run_schedule(
                     self.student,
                     self.platform,

@@ -63,8 +63,8 @@ def planner(
     """The planner of a run's training batches. `width` of the states on the wire, where it is not the config's bridge's rank
     or the teacher's width."""
     if width is None:
-        bridge = config.distill.bridge if config.distill.space == "low_rank" else None
-        width = bridge_rank(bridge) if bridge else teacher.hidden_size
+        bridge = config.distill.bridge
+        width = bridge_rank(bridge) - config.distill.bridge_head if bridge else teacher.hidden_size
     wire = Wire(wire_name(config.distill, config.teacher.dtype), width)
     return Planner(
         pairs,

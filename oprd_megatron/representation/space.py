@@ -3,7 +3,7 @@
     mode               student             teacher            travels   widths
     identity           h_S                 h_T                d_T       equal       Eq. 6
     low_rank           P_S h_S             P_T (h_T - mu)     r         any         Eq. 14, the bridge is frozen
-    low_rank_residual  (1 - U^T U) h_S     (1 - U^T U) h_T    d_T       equal       U: what the teacher's LM head reads most
+    low_rank_residual  the same, without the first H directions of P_T and P_S: the complement of a frozen head
     linear             W h_S               h_T                d_T       any         W is trained with the student
 
 The teacher's side runs on the teacher's ranks, before anything travels; the student's inside the loss, where its layer lives.
@@ -23,12 +23,11 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 
 from oprd_megatron.config.schema import DistillConfig
-from oprd_megatron.errors import CheckpointError, ConfigError
+from oprd_megatron.errors import ConfigError
 from oprd_megatron.models import Model
-from oprd_megatron.representation.bridge import HEAD, LINEAR, Bridge, load_bridge
+from oprd_megatron.representation.bridge import LINEAR, Bridge, bridge_rank, load_bridge
 from oprd_megatron.representation.layer_map import LayerPair
 
 MODULE = "state_maps"
@@ -86,16 +85,17 @@ class Identity:
 
 
 class LowRank(Identity):
-    """Both sides through a frozen bridge, which a refit may replace."""
+    """Both sides through a frozen bridge, which a refit may replace; `head` directions are left out."""
 
-    def __init__(self, bridge: Bridge) -> None:
-        super().__init__(bridge.rank)
+    def __init__(self, bridge: Bridge, head: int = 0) -> None:
+        super().__init__(bridge.rank - head)
+        self.head = head
         self.replace(bridge)
 
     def replace(self, bridge: Bridge) -> None:
         """Go on with another bridge of the same rank."""
-        assert bridge.rank == self.width
-        self.bridge = bridge
+        self.whole, self.bridge = bridge, bridge.sliced(slice(self.head, bridge.rank))
+        bridge = self.bridge
         self._bases = {
             layer: torch.linalg.qr(parts[LINEAR].T)[0] for layer, parts in bridge.student.items() if LINEAR in parts
         }  # [D_S, r], orthonormal columns that span what P_S sees
@@ -112,20 +112,6 @@ class LowRank(Identity):
             return None
         tiny = torch.finfo(torch.float32).tiny
         return (states @ self._bases[layer]).square().sum(-1) / states.square().sum(-1).clamp_min(tiny)
-
-
-class Residual(Identity):
-    """Both sides without the directions of `basis` [r, D] (orthonormal rows)."""
-
-    def __init__(self, basis: torch.Tensor) -> None:
-        super().__init__(basis.size(1))
-        self.basis = basis
-
-    def of_teacher(self, layer: int, states: torch.Tensor) -> torch.Tensor:
-        return self.of_student(layer, states.float())
-
-    def of_student(self, layer: int, states: torch.Tensor) -> torch.Tensor:
-        return states - (states @ self.basis.T) @ self.basis
 
 
 class Linear(Identity):
@@ -156,9 +142,8 @@ def build_space(
         return Linear(widths[0], add_state_maps(student, pairs, widths[0], device))
     if config.bridge is None:
         return Identity(widths[0])
-    if config.space == "low_rank_residual":
-        return Residual(load_head_basis(config.bridge, widths[0], device))
-    return LowRank(load_bridge(config.bridge, pairs, *widths, device))
+    bridge = load_bridge(config.bridge, pairs, *widths, device)
+    return LowRank(bridge, head=config.bridge_head)
 
 
 def check_space(config: DistillConfig, teacher_width: int, student_width: int) -> None:
@@ -167,35 +152,34 @@ def check_space(config: DistillConfig, teacher_width: int, student_width: int) -
     Raises:
         ConfigError: one line.
     """
-    if config.space in ("identity", "low_rank_residual") and teacher_width != student_width:
+    if config.space == "identity" and teacher_width != student_width:
         raise ConfigError(
-            f"teacher and student differ in width ({teacher_width} and {student_width}), which distill.mode {config.space} "
+            f"teacher and student differ in width ({teacher_width} and {student_width}), which distill.mode identity "
             "cannot align; fit a bridge (`oprd bridge fit`) and set distill.bridge, or set distill.mode: linear"
         )
     if config.space in ("low_rank", "low_rank_residual") and config.bridge is None:
         raise ConfigError(f"distill.mode: {config.space} needs distill.bridge; make the file with `oprd bridge fit`")
+    if config.bridge is not None:
+        refuse_head(config, bridge_rank(config.bridge))
 
 
-def load_head_basis(path: Path, width: int, device: torch.device) -> torch.Tensor:
-    """The directions [r, D] fp32 that the teacher's head reads most.
+def resume_bridge(space: Space, checkpoint: Path, pairs: Sequence[LayerPair], teacher: Model, student: Model) -> None:
+    """Go on with the bridge that a checkpoint holds, if it holds one."""
+    if isinstance(space, LowRank) and checkpoint.is_file():
+        device = next(iter(space.whole.means.values())).device
+        widths = teacher.architecture.hidden_size, student.architecture.hidden_size
+        space.replace(load_bridge(checkpoint, pairs, *widths, device))
 
-    Raises:
-        CheckpointError: the file does not hold them, or for another width.
+
+def refuse_head(config: DistillConfig, rank: int) -> None:
+    """Raises:
+    ConfigError: nothing of a bridge of this rank is left without its head.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            basis = file.get_tensor(HEAD) if HEAD in file.keys() else None  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"distill.bridge: {path}: cannot read it ({error}); make it with `oprd bridge fit`"
-        ) from None
-    if basis is None or basis.ndim != 2 or basis.size(1) != width:
-        found = "is missing" if basis is None else f"is {list(basis.shape)}"
-        raise CheckpointError(
-            f"distill.bridge: {path}: {HEAD} {found}, but distill.mode low_rank_residual needs [rank, {width}]; "
-            "fit it with this mode set"
+    if config.bridge_head >= rank:
+        raise ConfigError(
+            f"distill.bridge_head: {config.bridge_head} leaves nothing of a bridge of rank {rank}; lower it, or fit a bridge "
+            "of a higher bridge.rank"
         )
-    return basis.to(device, torch.float32)
 
 
 class StateMap(torch.nn.Module):

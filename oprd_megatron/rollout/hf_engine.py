@@ -40,7 +40,7 @@ class HFEngine:
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(hf_dir)
-        self.eos_ids = _eos_ids(Path(hf_dir), self.tokenizer.eos_token_id)
+        self.eos_ids = eos_ids(Path(hf_dir), self.tokenizer.eos_token_id)
         self._model = _empty_model(Path(hf_dir), dtype, self.device)
         self._weights = as_in_files(self._model)  # a tied lm_head is not among them
         self._version: int | None = None
@@ -203,7 +203,7 @@ def _empty_model(hf_dir: Path, dtype: torch.dtype, device: torch.device) -> PreT
     return model.eval().requires_grad_(False)
 
 
-def _eos_ids(hf_dir: Path, tokenizer_eos: int | None) -> list[int]:
+def eos_ids(hf_dir: Path, tokenizer_eos: int | None) -> list[int]:
     """End-of-sequence ids of generation_config.json, config.json and the tokenizer together (chat models often name the
     end of a turn in only one of them), the tokenizer's first.
 

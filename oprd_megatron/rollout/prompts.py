@@ -37,10 +37,14 @@ class Prompt:
     """As the file has it, for display."""
     token_ids: tuple[int, ...]
     """With the chat template, if one was applied."""
+    teacher_ids: tuple[int, ...] = ()
+    """The same for a teacher with another tokenizer and chat template; empty where both read the same ids."""
 
 
-def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Read, wrap and tokenise a file of prompts.
+def load_prompts(
+    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None = None
+) -> list[Prompt]:
+    """Read, wrap and tokenise a file of prompts, for a `teacher` with another tokenizer too.
 
     `config.limit` counts rows of the file and stops the reading there. Equal rows are tokenised once and share their
     ids (the published DAPO-Math-17k repeats each prompt about 100 times: 1.79 million rows).
@@ -49,22 +53,28 @@ def load_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> l
         DataError: the file cannot be read, a prompt is malformed (the message names its line), or none is left.
     """
     path = config.path
-    if config.chat_template and tokenizer.chat_template is None:
-        raise DataError(
-            f"{path}: chat_template is true, but the tokenizer has no chat template; set chat_template: false to feed "
-            "the raw text, or use a chat model's tokenizer files"
-        )
+    readers = [tokenizer] if teacher is None else [tokenizer, teacher]
+    for reader in readers if config.chat_template else []:
+        if reader.chat_template is None:
+            whose = "" if teacher is None else " of the student" if reader is tokenizer else " of the teacher"
+            raise DataError(
+                f"{path}: chat_template is true, but the tokenizer{whose} has no chat template; set chat_template: false to "
+                "feed the raw text, or use a chat model's tokenizer files"
+            )
     prompts: list[Prompt] = []
-    known: dict[str, tuple[int, ...]] = {}
+    known: list[dict[str, tuple[int, ...]]] = [{} for _ in readers]
     rows = islice(read_field(path, config.field), config.limit)
     num_rows = 0
     while chunk := list(islice(rows, TOKENIZE_AT_ONCE)):
         num_rows += len(chunk)
-        shown, wrapped = zip(*(_texts(row, config, tokenizer) for row in chunk), strict=True)
-        _tokenize(wrapped, known, tokenizer, special=not config.chat_template)
-        for text, full_text in zip(shown, wrapped, strict=True):
-            if len(known[full_text]) <= config.max_tokens:
-                prompts.append(Prompt(len(prompts), text, known[full_text]))
+        ids = []
+        for reader, seen in zip(readers, known, strict=True):
+            shown, wrapped = zip(*(_texts(row, config, reader) for row in chunk), strict=True)
+            _tokenize(wrapped, seen, reader, special=not config.chat_template)
+            ids.append([seen[text] for text in wrapped])
+        for text, *read in zip(shown, *ids, strict=True):
+            if max(map(len, read)) <= config.max_tokens:
+                prompts.append(Prompt(len(prompts), text, *read))
     if num_rows == 0:
         raise DataError(f"{path}: holds no prompts")
     if not prompts:
