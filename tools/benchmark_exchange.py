@@ -94,6 +94,7 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, float]:
     from oprd_megatron.representation.alignment import Alignment
     from oprd_megatron.representation.batch import Sample
     from oprd_megatron.representation.feed import micro_batches
+    from oprd_megatron.representation.flow import Passes
 
     platform, hf_dir = select_platform("cpu"), folder / f"{case.layers}_{case.width}"
     architecture, models = read_architecture(hf_dir), []
@@ -135,7 +136,7 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, float]:
             yield
             waited += time.perf_counter() - start if name == "exchange" else 0.0
 
-        alignment.run(plan, train=True, chunks=wrapped, phase=phase)
+        alignment.run(plan, Passes(train=True, chunks=wrapped, phase=phase))
         return waited
 
     seconds: dict[str, list[float]] = {"plain": [], "whole": [], "exchange": []}

@@ -84,7 +84,8 @@ class BridgeInfo(Strict):
     """(student layer, teacher layer), 1-based."""
     fit: dict[str, JsonValue]
     """How it was fitted: rows, prompts, seed, solver, .."""
-    held_out: HeldOut
+    held_out: HeldOut | None
+    """None: not measured (a bridge of somebody else's)."""
     ranks: dict[PositiveInt, RankScore]
     """What other ranks would have reached."""
     fingerprints: Fingerprints
@@ -117,7 +118,7 @@ class BridgeInfo(Strict):
         for name, width in (("teacher", teacher.width), ("student", student.width)):
             if self.rank > width:
                 raise ValueError(f"rank {self.rank} is above the {name}'s width {width}")
-        for name, values in self.held_out:
+        for name, values in self.held_out or ():
             if len(values) != len(self.layer_map):
                 raise ValueError(f"held_out.{name} has {len(values)} numbers for {len(self.layer_map)} pairs")
         return self

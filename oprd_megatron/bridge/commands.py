@@ -54,6 +54,26 @@ def fit(
     raise typer.Exit(launch("oprd_megatron.bridge", ["fit", str(config), str(target), *settings], ranks))
 
 
+@app.command("import")
+def import_bank(
+    ps_bank: Annotated[Path, typer.Argument(help="ps_bank.pt of the method's own code.", show_default=False)],
+    config: Config,
+    out: Annotated[Path, typer.Option(help="NAME.safetensors to make.")],
+    overrides: Overrides = None,
+    first_layer: Annotated[int, typer.Option(min=0, max=1, help="How the file counts layers: from 0 or from 1.")] = 0,
+) -> None:
+    """Turn a ps_bank.pt (read without running anything in it) into a bridge for the models of a run.
+
+    Example: `oprd bridge import ps_bank.pt run.yaml --out bridge.safetensors`
+    """
+    from oprd_megatron.bridge.imported import import_ps_bank
+    from oprd_megatron.config import load_config
+
+    pairs = import_ps_bank(ps_bank, load_config(config, overrides or []), out, first_layer)
+    mapped = ", ".join(f"{pair.student_layer}: {pair.teacher_layer}" for pair in pairs)
+    typer.echo(f"bridge {out}\nset distill.layer_map: {{{mapped}}}")
+
+
 @app.command("map")
 def measure(
     config: Config,

@@ -118,7 +118,7 @@ def test_rows_add_up() -> None:
 
 
 def test_scale_is_the_global_mean() -> None:
-    """weight = layer's weight * coefficient / (|Lset| * M): two unequal ranks and two layers give Eq. 6, not a mean of means."""
+    """weight = layer's weight * coefficient / (|Lset| * M): ranks and layers of unequal size give Eq. 6."""
     scale = LossScale(coefficient=10.0, num_tokens=7, layer_weights={3: 0.5, 4: 1.5})
     assert scale.weight(3) == 0.5 * 10.0 / 14
     layers = [(rows(7, 1), rows(7, 2)), (rows(7, 3), rows(7, 4))]

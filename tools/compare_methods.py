@@ -1,0 +1,145 @@
+"""Compare ways to teach the same student: several runs of one config, each with its own settings, over several seeds.
+
+    python tools/compare_methods.py examples/cross_width.yaml --seeds 1,2,3 --out runs/cross_width
+
+The file is a run's YAML with one section more, `arms`: {name: [overrides of the first stage, overrides of the second, ..]}. A
+stage starts from the student that the stage before exported. `bridges: {ranks: [4, 8, ..]}` fits one bridge first, for every
+seed, and cuts it to these ranks: overrides then name `{bridge4}`, `{bridge8}`, ... All arms get the same prompts, rollouts a
+step and number of steps (a stage has its share of them).
+
+Finished runs are kept: start the same command again to go on. It writes OUT/results.json and OUT/results.md, and prints the
+table: held-out KL(teacher || student) and cosine per arm, mean and standard deviation over seeds. The cosine is measured in the
+space that the arm trains in (through its bridge or matrix), so only its change compares between arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from oprd_megatron.bridge.artefact import read_info, write_bridge
+from oprd_megatron.config.load import parse_config
+from oprd_megatron.errors import ConfigError, UserError
+from oprd_megatron.logging import METRICS_FILE, read_records
+from oprd_megatron.representation.bridge import load_bridge
+from oprd_megatron.representation.layer_map import LayerPair
+
+
+def main() -> None:
+    arguments = _arguments()
+    values = yaml.safe_load(arguments.config.read_text())
+    arms, bridges = values.pop("arms", None), values.pop("bridges", None)
+    if not isinstance(arms, dict) or not all(isinstance(stages, list) for stages in arms.values()):
+        raise ConfigError(f"{arguments.config}: needs a section arms: {{name: [[key=value, ..], ..]}}")
+    parse_config(values, str(arguments.config))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    base = arguments.out / "base.yaml"
+    base.write_text(yaml.safe_dump(values, sort_keys=False))
+    steps = values["run"]["steps"]
+    files: dict[int, dict[str, str]] = {seed: {} for seed in arguments.seeds}
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        if bridges:
+            fits = list(pool.map(lambda seed: fit_bridges(base, arguments.out, bridges, seed), arguments.seeds))
+            files = dict(zip(arguments.seeds, fits, strict=True))
+        jobs = [(arm, seed) for seed in arguments.seeds for arm in arms]
+        run = lambda job: run_arm(base, arguments.out, job[0], arms[job[0]], job[1], steps, files[job[1]])  # noqa: E731
+        found = list(tqdm(pool.map(run, jobs), total=len(jobs), desc="runs", unit="run"))
+    results = {arm: [records for (name, _), records in zip(jobs, found, strict=True) if name == arm] for arm in arms}
+    (arguments.out / "results.json").write_text(json.dumps({"seeds": arguments.seeds, "arms": results}, indent=1))
+    text = table(results)
+    (arguments.out / "results.md").write_text(text + "\n")
+    print(text)
+
+
+def fit_bridges(base: Path, out: Path, wanted: dict[str, Any], seed: int) -> dict[str, str]:
+    """Fit one bridge of the largest rank and cut it: {bridge<rank>: file}."""
+    ranks = sorted(wanted["ranks"])
+    whole = out / f"bridge-seed{seed}-rank{ranks[-1]}.safetensors"
+    if not whole.exists():
+        _call("bridge", "fit", str(base), f"run.seed={seed}", f"bridge.rank={ranks[-1]}", "--out", str(whole))
+    info = read_info(whole)
+    pairs = [LayerPair(*pair) for pair in info.layer_map]
+    widths = info.fingerprints.teacher.width, info.fingerprints.student.width
+    bridge = load_bridge(whole, pairs, *widths, "cpu")  # type: ignore[arg-type]
+    files = {f"bridge{ranks[-1]}": str(whole)}
+    for rank in ranks[:-1]:
+        path = out / f"bridge-seed{seed}-rank{rank}.safetensors"
+        if not path.exists():
+            write_bridge(path, bridge.sliced(slice(rank)), info.model_copy(update={"rank": rank}))
+        files[f"bridge{rank}"] = str(path)
+    return files
+
+
+def run_arm(
+    base: Path, out: Path, arm: str, stages: list[list[str]], seed: int, steps: int, files: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Run an arm's stages one after the other. Returns its eval records: before, and after every stage."""
+    records: list[dict[str, Any]] = []
+    student: Path | None = None
+    for number, overrides in enumerate(stages):
+        folder = out / f"{arm}-seed{seed}-stage{number + 1}".replace(" ", "-")
+        is_last = number + 1 == len(stages)
+        settings = [f"run.dir={folder}", f"run.seed={seed}", f"run.steps={steps // len(stages)}"]
+        settings += [f"run.export={'false' if is_last else 'true'}", *(text.format(**files) for text in overrides)]
+        settings += [f"student.path={student}"] if student else []
+        _call("train", str(base), *settings)
+        evals = [record for record in read_records(folder / METRICS_FILE) if record["kind"] == "eval"]
+        keep = ("step", "kl", "cross_entropy", "cosine", "tokens")
+        chosen = [{key: record[key] for key in keep} for record in evals]
+        records += chosen if number == 0 else chosen[1:]
+        student = folder / "student_hf"
+    return records
+
+
+def table(results: dict[str, list[list[dict[str, Any]]]]) -> str:
+    """Markdown: first and last held-out figures of every arm, mean +- standard deviation over seeds."""
+    lines = [
+        "| arm | KL before | KL after | cross-entropy after | cosine before | cosine after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, seeds in results.items():
+        cells = []
+        for key, at in (("kl", 0), ("kl", -1), ("cross_entropy", -1), ("cosine", 0), ("cosine", -1)):
+            values = [records[at][key] for records in seeds]
+            cells.append("-" if None in values else _spread(values))
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _call(*arguments: str) -> None:
+    command = [sys.executable, "-m", "oprd_megatron.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"oprd {' '.join(arguments)}: failed: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML of a run with a section `arms`")
+    seeds = lambda text: [int(seed) for seed in text.split(",")]  # noqa: E731
+    parser.add_argument("--seeds", type=seeds, default=[1, 2, 3], help="comma-separated (default 1,2,3)")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the runs and the results")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time (default 2); give each one thread")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
