@@ -28,6 +28,7 @@ from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
+from oprd_megatron.representation.layer_weights import layer_weights
 from oprd_megatron.representation.space import check_space
 from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, load_prompts, refuse_overlap
@@ -124,6 +125,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         _check_disk(config, student)
     check_space(config.distill, teacher.hidden_size, student.hidden_size)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
+    layer_weights(config.distill, pairs)
     teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
     if config.distill.opd_coefficient and teacher_layout.ranks != student_layout.ranks:
         raise ConfigError(

@@ -1,11 +1,11 @@
 """Compare ways to teach the same student: several runs of one config, each with its own settings, over several seeds.
 
-    python tools/compare_methods.py examples/cross_width.yaml --seeds 1,2,3 --out runs/cross_width
+    python tools/compare_methods.py tools/comparisons/cross_width.yaml --seeds 1,2,3 --out runs/cross_width
 
 The file is a run's YAML with one section more, `arms`: {name: [overrides of the first stage, overrides of the second, ..]}. A
-stage starts from the student that the stage before exported. `bridges: {ranks: [4, 8, ..]}` fits one bridge first, for every
-seed, and cuts it to these ranks: overrides then name `{bridge4}`, `{bridge8}`, ... All arms get the same prompts, rollouts a
-step and number of steps (a stage has its share of them).
+stage starts from the student that the stage before exported. `map: true` measures a layer map first, for every seed: overrides
+name it `{map}`. `bridges: {ranks: [4, 8, ..]}` fits a bridge for it and cuts it to these ranks: `{bridge4}`, `{bridge8}`, ..
+All arms get the same prompts, rollouts a step and number of steps (a stage has its share of them).
 
 Finished runs are kept: start the same command again to go on. It writes OUT/results.json and OUT/results.md, and prints the
 table: held-out KL(teacher || student) and cosine per arm, mean and standard deviation over seeds. The cosine is measured in the
@@ -37,7 +37,7 @@ from oprd_megatron.representation.layer_map import LayerPair
 def main() -> None:
     arguments = _arguments()
     values = yaml.safe_load(arguments.config.read_text())
-    arms, bridges = values.pop("arms", None), values.pop("bridges", None)
+    arms, bridges, maps = (values.pop(key, None) for key in ("arms", "bridges", "map"))
     if not isinstance(arms, dict) or not all(isinstance(stages, list) for stages in arms.values()):
         raise ConfigError(f"{arguments.config}: needs a section arms: {{name: [[key=value, ..], ..]}}")
     parse_config(values, str(arguments.config))
@@ -45,11 +45,9 @@ def main() -> None:
     base = arguments.out / "base.yaml"
     base.write_text(yaml.safe_dump(values, sort_keys=False))
     steps = values["run"]["steps"]
-    files: dict[int, dict[str, str]] = {seed: {} for seed in arguments.seeds}
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        if bridges:
-            fits = list(pool.map(lambda seed: fit_bridges(base, arguments.out, bridges, seed), arguments.seeds))
-            files = dict(zip(arguments.seeds, fits, strict=True))
+        prepare = lambda seed: fit_bridges(base, arguments.out, bridges, bool(maps), seed)  # noqa: E731
+        files = dict(zip(arguments.seeds, pool.map(prepare, arguments.seeds), strict=True))
         jobs = [(arm, seed) for seed in arguments.seeds for arm in arms]
         run = lambda job: run_arm(base, arguments.out, job[0], arms[job[0]], job[1], steps, files[job[1]])  # noqa: E731
         found = list(tqdm(pool.map(run, jobs), total=len(jobs), desc="runs", unit="run"))
@@ -60,23 +58,31 @@ def main() -> None:
     print(text)
 
 
-def fit_bridges(base: Path, out: Path, wanted: dict[str, Any], seed: int) -> dict[str, str]:
-    """Fit one bridge of the largest rank and cut it: {bridge<rank>: file}."""
+def fit_bridges(base: Path, out: Path, wanted: dict[str, Any] | None, measured: bool, seed: int) -> dict[str, str]:
+    """Measure a map if asked to, fit one bridge of the largest rank and cut it: {map: file, bridge<rank>: file}."""
+    named, settings = {}, [f"run.seed={seed}"]
+    if measured:
+        named["map"] = str(out / f"map-seed{seed}.json")
+        if not Path(named["map"]).exists():
+            _call("bridge", "map", str(base), *settings, "--out", named["map"])
+        settings.append(f"distill.layer_map={named['map']}")
+    if not wanted:
+        return named
     ranks = sorted(wanted["ranks"])
     whole = out / f"bridge-seed{seed}-rank{ranks[-1]}.safetensors"
     if not whole.exists():
-        _call("bridge", "fit", str(base), f"run.seed={seed}", f"bridge.rank={ranks[-1]}", "--out", str(whole))
+        _call("bridge", "fit", str(base), *settings, f"bridge.rank={ranks[-1]}", "--out", str(whole))
     info = read_info(whole)
     pairs = [LayerPair(*pair) for pair in info.layer_map]
     widths = info.fingerprints.teacher.width, info.fingerprints.student.width
     bridge = load_bridge(whole, pairs, *widths, "cpu")  # type: ignore[arg-type]
-    files = {f"bridge{ranks[-1]}": str(whole)}
+    named[f"bridge{ranks[-1]}"] = str(whole)
     for rank in ranks[:-1]:
         path = out / f"bridge-seed{seed}-rank{rank}.safetensors"
         if not path.exists():
             write_bridge(path, bridge.sliced(slice(rank)), info.model_copy(update={"rank": rank}))
-        files[f"bridge{rank}"] = str(path)
-    return files
+        named[f"bridge{rank}"] = str(path)
+    return named
 
 
 def run_arm(
@@ -86,7 +92,7 @@ def run_arm(
     records: list[dict[str, Any]] = []
     student: Path | None = None
     for number, overrides in enumerate(stages):
-        folder = out / f"{arm}-seed{seed}-stage{number + 1}".replace(" ", "-")
+        folder = out / f"{arm}-seed{seed}-stage{number + 1}".replace(" ", "-").replace(",", "")
         is_last = number + 1 == len(stages)
         settings = [f"run.dir={folder}", f"run.seed={seed}", f"run.steps={steps // len(stages)}"]
         settings += [f"run.export={'false' if is_last else 'true'}", *(text.format(**files) for text in overrides)]

@@ -149,6 +149,29 @@ def layers_plot(train: Records) -> str | None:
         return _svg(figure)
 
 
+def drift_plot(train: Records, evals: Records) -> str | None:
+    """Share of the student's states that the bridge's projection sees, per layer: faint, their mean: bold; refits marked."""
+    panels = [
+        (title, [record for record in records if record.get("layers", {}).get("inside")])
+        for title, records in (("training", train), ("held-out", evals))
+    ]
+    panels = [(title, records) for title, records in panels if records]
+    if not panels:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(len(panels))
+        for axis, (title, records) in zip(axes, panels, strict=True):
+            steps, grid = column(records, "step"), _layer_grid(records, "inside")
+            axis.plot(steps, grid.T, color=GRAY, alpha=0.35, linewidth=0.7)
+            axis.plot(steps, np.nanmean(grid, axis=0), color=BLUE, marker="o")
+            for record in records:
+                if record.get("refitted"):
+                    axis.axvline(record["step"], color=GREEN, linestyle=":")
+            _round_ticks(axis, steps)
+            axis.set(title=title, xlabel="step", ylabel="share inside the projection")
+        return _svg(figure)
+
+
 def response_plot(train: Records) -> str | None:
     """Length of the sampled responses, and the share that ended by themselves."""
     if not train:

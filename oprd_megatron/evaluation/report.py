@@ -141,6 +141,12 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
             "On the training responses. A norm ratio of 1 means that student and teacher states are equally long.",
             plots.layers_plot(train),
         ),
+        (
+            "Drift out of the bridge",
+            "Share of the student's states, in square length, that the bridge's frozen projection sees: every layer, and their "
+            "mean. Dotted lines are refits.",
+            plots.drift_plot(train, evals),
+        ),
         ("Responses", "Text that the student sampled to be trained on.", plots.response_plot(train)),
         ("Time", "Where each step's seconds went.", plots.time_plot(train)),
         ("Optimizer", "The gradient norm is taken before clipping.", plots.optimizer_plot(train)),

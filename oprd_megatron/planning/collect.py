@@ -45,13 +45,14 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
         UserError: one line: a config.json is missing, the layouts cannot work, the spool's budget is too small.
     """
     teacher, student = read_architecture(config.teacher.path), read_architecture(config.student.path)
-    if teacher.hidden_size != student.hidden_size and config.distill.bridge is None and width is None:
+    bridge, needs_equal = config.distill.bridge, config.distill.space == "identity"
+    if teacher.hidden_size != student.hidden_size and needs_equal and width is None:
         raise ConfigError(
             f"teacher and student differ in width ({teacher.hidden_size} and {student.hidden_size}); aligning them needs "
             "a bridge: set distill.bridge, or give --bridge-rank to plan before there is one"
         )
     if width is None:
-        width = bridge_rank(config.distill.bridge) if config.distill.bridge else teacher.hidden_size
+        width = bridge_rank(bridge) - config.distill.bridge_head if bridge else teacher.hidden_size
     with _quiet(grids.logger):  # it reports what follow_student saves; so does the plan
         layouts = grids.resolve_grids(config, teacher, student, world_size, width)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
