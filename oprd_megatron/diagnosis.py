@@ -17,7 +17,7 @@ import platform as machine
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
+from oprd_megatron.rollout import Rollout
 from oprd_megatron.trainer import place_model
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 16, 16
@@ -127,10 +128,12 @@ def few_samples(checked: Checked) -> list[Sample]:
     layouts = checked.teacher_layout, checked.student_layout
     world = max(layout.num_ranks for layout in layouts)
     size = checked.config.run.micro_batch_size * world * max(layout.pp for layout in layouts)
-    ids = [prompt.token_ids for prompt in checked.prompts]
-    length = PROMPT_TOKENS + RESPONSE_TOKENS
-    repeated = [(ids[number % len(ids)] * length)[: length - number % 3] for number in range(size)]
-    return [Sample(tuple(text[:PROMPT_TOKENS]), tuple(text[PROMPT_TOKENS:])) for text in repeated]
+    length, rollouts = PROMPT_TOKENS + RESPONSE_TOKENS, []
+    for number in range(size):
+        prompt = checked.prompts[number % len(checked.prompts)]
+        text = (prompt.token_ids * length)[: length - number % 3]
+        rollouts.append(Rollout(prompt.index, number, text[:PROMPT_TOKENS], text[PROMPT_TOKENS:], 0, finished=False))
+    return checked.sample_maker(checked.prompts).of_student(rollouts)
 
 
 def _bytes(alignment: Alignment, samples: list[Sample]) -> Finding:
@@ -199,7 +202,7 @@ def _self_teaching(checked: Checked, samples: list[Sample], platform: Platform) 
         }
     )
     alignment = Alignment(copy, student, distill, platform, config.run.micro_batch_size, config.run.micro_batch_tokens)
-    report = alignment.reduce(alignment.run(alignment.plan(samples), train=False))
+    report = alignment.reduce(alignment.run(alignment.plan([replace(sample, teacher=None) for sample in samples])))
     distance, limit = max(1 - cosine for cosine in report.cosine), SELF_TOLERANCE[section.dtype]
     text = f"loss {report.loss:.1e}, 1 - cosine {distance:.1e} at most; allowed {limit:g}"
     if distance <= limit:

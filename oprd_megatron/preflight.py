@@ -104,6 +104,7 @@ class Checked:
             to_teacher=Retokenizer(mine, theirs, ends[0], end_of_turn(theirs)),
             to_student=Retokenizer(theirs, mine, ends[1], end_of_turn(mine)),
             teacher_context=self.teacher.max_position_embeddings,
+            student_context=self.student.max_position_embeddings,
         )
 
 

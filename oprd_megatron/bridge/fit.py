@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ from oprd_megatron.representation.flow import Forward, Passes, StateFlow
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.listener import PairedRows
 from oprd_megatron.representation.wire import Wire
+from oprd_megatron.rollout.tokenizer import load_tokenizer
 
 Batches = Iterable[list[Sample]]
 
@@ -69,28 +72,32 @@ class Stage1:
         width, device = self.teacher.architecture.hidden_size, self.platform.device
         layers = sorted({pair.teacher_layer for pair in self.pairs})
         moments: dict[int, Moments] = {}
-        watch = FiniteWatch("teacher")
+        watch = FiniteWatch("teacher", self.config)
         flow = self._flow(num_directions, None)
         for samples in batches:
             plan = flow.plan(samples)
+            for chunk in plan.chunks:
 
-            def on_rows(layer: int, rows: torch.Tensor, tokens: np.ndarray, plan: BatchPlan = plan) -> None:
-                watch.look(layer, rows, tokens, plan)
-                if layer not in moments:
-                    moments[layer] = Moments.zeros(width, device)
-                moments[layer].add(rows)
+                def on_rows(layer: int, rows: torch.Tensor, tokens: np.ndarray, plan=plan, chunk=chunk) -> None:  # type: ignore[no-untyped-def]
+                    watch.look(layer, rows, tokens, plan, chunk)
+                    if layer not in moments:
+                        moments[layer] = Moments.zeros(width, device)
+                    moments[layer].add(rows)
 
-            flow.teach(plan, on_rows)
+                flow.teach(replace(plan, chunks=[chunk]), on_rows)
             watch.stop()
         owners = owners_of(self.teacher.grid.layout, layers)
+        mine: dict[int, Moments] = {}
+        for layer in self._here(self.teacher, layers):
+            reduced = moments.pop(layer, None) or Moments.zeros(width, device)
+            reduced.reduce(owners[layer], self.teacher.grid.groups.tp_dp_cp)
+            if owners[layer] == self.rank:
+                mine[layer] = reduced
         found: dict[int, Directions] = {}
         with together("finding the teacher's directions"):
-            for layer in self._here(self.teacher, layers):
-                mine = moments.pop(layer, None) or Moments.zeros(width, device)
-                mine.reduce(owners[layer], self.teacher.grid.groups.tp_dp_cp)
-                if owners[layer] == self.rank:
-                    self._check(layer, mine, num_directions)
-                    found[layer] = principal_directions(mine, num_directions)
+            for layer in list(mine):
+                self._check(layer, mine[layer], num_directions)
+                found[layer] = principal_directions(mine.pop(layer), num_directions)
         means = self._tell(owners, {layer: part.mean for layer, part in found.items()}, (width,))
         bases = self._tell(owners, {layer: part.basis for layer, part in found.items()}, (num_directions, width))
         return Bridge(num_directions, means, bases, student={}), found
@@ -133,7 +140,7 @@ class Stage1:
         teacher's states [N, R] fp32, numbers of the rows) on the ranks that hold the layer, every row once in the world."""
         flow, before = self._flow(bridge.rank, project), 0
         teacher_layer = {pair.student_layer: pair.teacher_layer for pair in self.pairs}
-        watch = FiniteWatch("student")
+        watches = FiniteWatch("teacher", self.config), FiniteWatch("student", self.config)
         for samples in batches:
             plan = flow.plan(samples)
             first = np.cumsum([0, *(flow.planner.num_tokens(chunk.samples) for chunk in plan.chunks)])
@@ -144,14 +151,16 @@ class Stage1:
 
                 def on_state(layer: int, micro_batch: int, hidden: torch.Tensor) -> None:
                     states, tokens = rows.of_student(micro_batch, hidden)
-                    watch.look(layer, states, tokens, plan, chunk)
                     targets = rows.of_teacher(micro_batch, teacher_layer[layer], bridge.rank)
+                    watches[0].look(teacher_layer[layer], targets, tokens, plan, chunk)
+                    watches[1].look(layer, states, tokens, plan, chunk)
                     on_rows(layer, states, targets, tokens + offsets[id(chunk)])
 
                 forward(teacher_layer, on_state)
 
             flow.run(plan, learn, Passes())
-            watch.stop()
+            for watch in watches:
+                watch.stop()
             before += plan.num_tokens
 
     def _by_descent(self, batches: Batches, bridge: Bridge) -> dict[int, dict[str, torch.Tensor]]:
@@ -222,10 +231,15 @@ class Stage1:
 
 
 class FiniteWatch:
-    """Stops a pass, on all ranks, at states that are not finite."""
+    """Stops a pass, on all ranks, at states that are not finite.
 
-    def __init__(self, model: str) -> None:
-        self.model, self.found = model, ""
+    Args:
+        model: whose states: teacher or student.
+        config: of the run, to say which prompt it was; left out, the token's number in its chunk is named.
+    """
+
+    def __init__(self, model: str, config: RunConfig | None = None) -> None:
+        self.model, self.config, self.found = model, config, ""
 
     def look(
         self, layer: int, states: torch.Tensor, tokens: np.ndarray, plan: BatchPlan, chunk: Chunk | None = None
@@ -234,9 +248,21 @@ class FiniteWatch:
         bad = ~states.isfinite().all(-1)
         if self.found or not bad.any():
             return
-        chunk = chunk or plan.chunks[0]
         token = int(tokens[int(bad.nonzero()[0])])
-        self.found = f"{self.model} layer {layer}, token {token} of {plan.num_tokens} of {len(chunk.samples)} samples"
+        self.found = f"{self.model} layer {layer}, {self._place(token, plan, chunk or plan.chunks[0])}"
+
+    def _place(self, token: int, plan: BatchPlan, chunk: Chunk) -> str:
+        if self.config is None:
+            return f"token {token} of {plan.num_tokens} of {len(chunk.samples)} samples"
+        positions = [sample.positions(self.config.distill)[self.model != "teacher"] for sample in chunk.samples]
+        starts = np.cumsum([0, *map(len, positions)])
+        number = int(np.searchsorted(starts, token, side="right")) - 1
+        before = sum(len(other.samples) for other in takewhile(lambda other: other is not chunk, plan.chunks))
+        tokenizer = load_tokenizer(self.config.student.path)
+        text = str(tokenizer.decode(list(chunk.samples[number].prompt_ids), skip_special_tokens=True))
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        position = positions[number][token - starts[number]]
+        return f"sample {before + number + 1} of {len(plan.samples)}, position {position} from 0 (prompt {shown!r})"
 
     def stop(self) -> None:
         """Raise what any rank found. Collective."""

@@ -22,12 +22,13 @@ class Health:
         self.drop = drop
         self._best: dict[int, tuple[float, int]] = {}
         self._first_inside: dict[int, float] = {}
+        self._fallen: set[int] = set()
         for record in past:
             if record["kind"] == "eval":
                 self.warnings(record)
 
     def warnings(self, record: dict[str, Any]) -> list[str]:
-        """Take in an eval record; one line for every layer that has fallen."""
+        """Take in an eval record; one line for every layer that has fallen since it was last above."""
         layers, found = record["layers"], []
         inside = layers.get("inside") or [None] * len(layers["student"])
         for layer, cosine, share in zip(layers["student"], layers["cosine"], inside, strict=True):
@@ -36,7 +37,10 @@ class Health:
             best, at = self._best.get(layer, (cosine, record["step"]))
             if share is not None:
                 self._first_inside.setdefault(layer, share)
-            if cosine < best - self.drop:
+            if cosine >= best - self.drop:
+                self._fallen.discard(layer)
+            elif layer not in self._fallen:
+                self._fallen.add(layer)
                 drift = ""
                 if share is not None:
                     drift = f"; {share:.3f} of its states is inside the projection, {self._first_inside[layer]:.3f} at first"

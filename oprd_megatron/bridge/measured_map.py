@@ -95,8 +95,9 @@ def score_pairs(
                 dist.all_reduce(tensor, group=student.grid.groups.tp_dp_cp)
         parts.append(moments)
     mine = None
-    if student.grid.is_member and student.grid.coords.dp == student.grid.coords.cp == student.grid.coords.tp == 0:
-        mine = score_layers(*parts)
+    with together("scoring layers"):
+        if student.grid.is_member and student.grid.coords.dp == student.grid.coords.cp == student.grid.coords.tp == 0:
+            mine = score_layers(*parts)
     found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, found, dst=0)
     return None if found is None else join([part for part in found if part is not None])

@@ -48,7 +48,7 @@ def fit(config: RunConfig, out: Path) -> None:
             raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another --out")
     platform = select_platform(config.run.device)
     checked = preflight(without_bridge(config), int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
-    check_rank(config, checked)
+    check_fit(config, checked)
     init_distributed(platform)
     with heartbeat():
         teacher, student = build_models(checked, platform)
@@ -61,15 +61,34 @@ def fit(config: RunConfig, out: Path) -> None:
         dist.destroy_process_group()
 
 
-def check_rank(config: RunConfig, checked: Checked) -> None:
-    """Raises:
-    ConfigError: more directions than a state has.
+def check_fit(config: RunConfig, checked: Checked) -> None:
+    """What can be known to be wrong before models are loaded and responses written.
+
+    Raises:
+        ConfigError: more directions than a state has or than rows can give, or no prompts to hold out.
     """
     width, rank = min(checked.teacher.hidden_size, checked.student.hidden_size), config.bridge.rank
     if rank != "auto" and rank > width:
         raise ConfigError(
             f"bridge.rank: {rank} is above the width {width} of the narrower model's states; use at most {width}"
         )
+    if rank != "auto" and rank >= config.bridge.rows:
+        raise ConfigError(
+            f"bridge.rank: {rank} directions need more than bridge.rows' {config.bridge.rows}; raise bridge.rows, or lower "
+            "bridge.rank"
+        )
+    if num_steps(config, len(checked.prompts)) < 2:
+        raise ConfigError(
+            f"bridge.prompts: {min(config.bridge.prompts, len(checked.prompts))} prompts at {config.rollout.prompts_per_step} "
+            "a step leave none to hold out; use at least twice rollout.prompts_per_step"
+        )
+
+
+def num_steps(config: RunConfig, num_prompts: int) -> int:
+    """Steps whose prompts are answered: `bridge.prompts`, in whole steps, and none twice. (What is held out from the fit may
+    not come again in the next epoch's order.)"""
+    each = config.rollout.prompts_per_step
+    return min(-(-config.bridge.prompts // each), num_prompts // each)
 
 
 def answers(checked: Checked, student: Model, platform: Platform) -> list[list[Sample]]:
@@ -79,7 +98,7 @@ def answers(checked: Checked, student: Model, platform: Platform) -> list[list[S
     sync_weights(engine, student, version=0)
     text = OnPolicy(config, checked.prompts, engine, checked.student_vocab_size)
     maker = checked.sample_maker(checked.prompts)
-    steps = -(-min(config.bridge.prompts, len(checked.prompts)) // config.rollout.prompts_per_step)
+    steps = num_steps(config, len(checked.prompts))
     batches = [maker.of_student(text.rollouts(step)) for step in watched(range(steps), "rollouts", config)]
     if engine is not None:
         engine.close()
@@ -92,7 +111,7 @@ def fit_bridge(stage: Stage1, rows: FitRows) -> tuple[Bridge, HeldOutFigures]:
     section = config.bridge
     wanted = section.rank if section.rank != "auto" else None
     widths = stage.teacher.architecture.hidden_size, stage.student.architecture.hidden_size
-    ranks = ranks_to_measure(min(section.max_rank, *widths, rows.num_train - 1), wanted)
+    ranks = ranks_to_measure(max(1, min(section.max_rank, *widths, rows.num_train - 1)), wanted)
     if section.solver == "sgd":
         assert wanted is not None
         ranks = [wanted]
@@ -126,7 +145,7 @@ def _write(out: Path, bridge: Bridge, figures: HeldOutFigures, rows: FitRows, ch
             **({"ridge": section.ridge} if section.solver == "ridge" else {"epochs": section.epochs, "lr": section.lr}),
             "rows": rows.num_train,
             "held_out_rows": rows.num_held_out,
-            "prompts": min(section.prompts, len(checked.prompts)),
+            "prompts": num_steps(config, len(checked.prompts)) * config.rollout.prompts_per_step,
             "seed": config.run.seed,
             "positions": config.distill.positions,
             "position_anchor": config.distill.position_anchor,

@@ -30,7 +30,7 @@ def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def eval_table(record: dict[str, Any]) -> str:
-    """One eval record: KL, cross-entropy, mean cosine, and the cosine of every layer."""
+    """One eval record: KL (if there is one), cross-entropy, mean cosine, and the cosine of every layer."""
     layers = record["layers"]
     cells = [
         f"{student_layer:>3} <-{teacher_layer:>3}{cosine:>7.3f}"
@@ -42,7 +42,7 @@ def eval_table(record: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"held-out, on {record['tokens']} tokens of the teacher's answers",
-            *(f"{label:<44}{record[key]:>10.4f}" for label, key in _HEADLINES),
+            *(f"{label:<44}{record[key]:>10.4f}" for label, key in _HEADLINES if record[key] is not None),
             "",
             "cosine per layer (student <- teacher)",
             *("   ".join(cells[row::num_rows]) for row in range(num_rows)),

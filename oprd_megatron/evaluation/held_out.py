@@ -118,7 +118,8 @@ def evaluate(
 
     Returns:
         {"kind": "eval", "step", "kl", "cross_entropy", "cosine", "tokens", "seconds", "layers": {..}}; kl and
-        cross_entropy in nats a token of the student's; kl is None with two tokenizers.
+        cross_entropy in nats a token of the student's; kl is None with two tokenizers. Answers that are scored together are
+        left out if none of their tokens is aligned.
     """
     start = time.perf_counter()
     comparable = all(answer.teacher is None for answer in answers)
@@ -126,7 +127,9 @@ def evaluate(
         head = teacher_head(alignment.teacher, alignment.student)
     totals = torch.zeros(3, dtype=torch.float64)
     sums: dict[int, torch.Tensor] = {}
-    for samples in _portions(answers, alignment):
+    portions = list(_portions(answers, alignment))
+    aligned = [samples for samples in portions if alignment.flow.planner.num_tokens(samples)]
+    for samples in aligned or portions[:1]:  # if nothing at all is aligned, planning refuses it
         part, layer_sums = _score(alignment, samples, head, comparable)
         totals += part
         for layer, value in layer_sums.items():

@@ -84,18 +84,19 @@ def loss_plot(train: Records) -> str | None:
 
 
 def held_out_plot(train: Records, evals: Records) -> str | None:
-    """KL and cross-entropy of every evaluation, over steps and over training time."""
+    """KL (if there is one) and cross-entropy of every evaluation, over steps and over training time."""
     if not evals:
         return None
     steps, elapsed = column(train, "step"), np.cumsum(training_seconds(train))
     minutes = np.array([np.max(elapsed[steps <= record["step"]], initial=0.0) / 60 for record in evals])
+    shown = [("kl", "KL(teacher || student), nats per token", BLUE), ("cross_entropy", "cross-entropy", ORANGE)]
+    if np.isnan(column(evals, "kl")).all():  # models with different tokenizers have none
+        shown = shown[1:]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(2, rows=2)
-        for row, (key, title, color) in enumerate(
-            (("kl", "KL(teacher || student), nats per token", BLUE), ("cross_entropy", "cross-entropy", ORANGE))
-        ):
+        figure, axes = _axes(2, rows=len(shown))
+        for row, (key, title, color) in zip(np.atleast_2d(axes), shown, strict=True):
             for axis, x, label in zip(
-                axes[row], (column(evals, "step"), minutes), ("step", "minutes of training"), strict=True
+                row, (column(evals, "step"), minutes), ("step", "minutes of training"), strict=True
             ):
                 axis.plot(x, column(evals, key), color=color, marker="o")
                 _round_ticks(axis, x, integer=label == "step")

@@ -104,6 +104,8 @@ def _headlines(records: RunRecords) -> list[dict[str, Any]]:
     cards = []
     for rows, key, label, unit, better in wanted:
         values = plots.column(rows, key)
+        if key == "kl" and np.isnan(values).all():  # models with different tokenizers have none
+            continue
         first, last = (values[0], values[-1]) if len(values) else (np.nan, np.nan)
         change = last - first
         relative = f" ({change / first:+.0%})" if better < 0 and first > 0 and np.isfinite(change) else ""
@@ -123,7 +125,8 @@ def _headlines(records: RunRecords) -> list[dict[str, Any]]:
 
 def _sections(records: RunRecords) -> list[dict[str, Any]]:
     train, evals = records.train, records.evals
-    figures = (
+    drift = plots.drift_plot(train, evals)
+    figures = [
         (
             "Held-out distance to the teacher",
             "Measured on the teacher's own answers to prompts that are not trained on. Lower is closer. Training time "
@@ -141,16 +144,13 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
             "On the training responses. A norm ratio of 1 means that student and teacher states are equally long.",
             plots.layers_plot(train),
         ),
-        (
-            "Drift out of the bridge",
-            "Share of the student's states, in square length, that the bridge's frozen projection sees: every layer, and their "
-            "mean. Dotted lines are refits.",
-            plots.drift_plot(train, evals),
-        ),
         ("Responses", "Text that the student sampled to be trained on.", plots.response_plot(train)),
         ("Time", "Where each step's seconds went.", plots.time_plot(train)),
         ("Optimizer", "The gradient norm is taken before clipping.", plots.optimizer_plot(train)),
-    )
+    ]
+    if drift is not None:  # the run has a bridge
+        caption = "Share of the student's states, in square length, that the bridge's frozen projection sees: every layer, and "
+        figures.insert(4, ("Drift out of the bridge", caption + "their mean. Dotted lines are refits.", drift))
     return [
         {"title": title, "id": _slug(title), "caption": caption, "svg": None if svg is None else Markup(svg)}
         for title, caption, svg in figures

@@ -35,10 +35,9 @@ class ProgressLogger:
             left = f"{tqdm.format_interval(self._seconds_left(record['step']))} left"
             self._write(f"step {record['step']}/{self._total}  {_figures(record)}  {left}")
         elif record["kind"] == "eval":
-            figures = (
-                f"KL {record['kl']:.4f}  cross-entropy {record['cross_entropy']:.4f}  cosine {record['cosine']:.4f}"
-            )
-            self._write(f"held-out at step {record['step']}: {figures}")
+            named = (("KL", "kl"), ("cross-entropy", "cross_entropy"), ("cosine", "cosine"))
+            figures = [f"{name} {record[key]:.4f}" for name, key in named if record[key] is not None]
+            self._write(f"held-out at step {record['step']}: {'  '.join(figures)}")
 
     def truncate_after(self, step: int) -> None:
         """Start counting at `step`: a resumed run has only the steps after it to do."""

@@ -18,6 +18,9 @@ from pathlib import Path
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.errors import ConfigError
 
+FORMAT = 1
+"""Of a map file."""
+
 
 @dataclass(frozen=True)
 class LayerPair:
@@ -101,19 +104,20 @@ def read_map(path: Path) -> list[LayerPair]:
     try:
         values = json.loads(path.read_text())
         pairs = [LayerPair(pair["student_layer"], pair["teacher_layer"], pair.get("score")) for pair in values["pairs"]]
-        numbers = [number for pair in pairs for number in (pair.student_layer, pair.teacher_layer)]
-        if not all(type(number) is int for number in numbers) or len({pair.student_layer for pair in pairs}) != len(
-            pairs
-        ):
+        layers = [pair.student_layer for pair in pairs]
+        scores = [pair.score for pair in pairs if pair.score is not None]
+        if values["format"] != FORMAT or len(set(layers)) != len(layers):
+            raise ValueError
+        if any(type(layer) is not int for layer in [*layers, *(pair.teacher_layer for pair in pairs)]):
             raise TypeError
-        if any(not isinstance(pair.score, float | None) or not math.isfinite(pair.score or 0.0) for pair in pairs):
+        if any(type(score) not in (int, float) or not math.isfinite(score) for score in scores):
             raise TypeError
     except OSError as error:
         raise ConfigError(
             f"distill.layer_map: {path}: {error.strerror}; give proportional, {{student: teacher}} pairs, or a file that "
             "`oprd bridge map` wrote"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise ConfigError(f"distill.layer_map: {path}: not a layer map; make it with `oprd bridge map`") from None
     return pairs
 

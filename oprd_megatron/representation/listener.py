@@ -25,7 +25,7 @@ class PairedRows:
     """
 
     def __init__(self, delivery: Delivery, chunk: Chunk, grid: Grid, device: torch.device) -> None:
-        self.delivery = delivery
+        self.delivery, self.device = delivery, device
         self._rows = block_rows(chunk.student.tokens, chunk.route.order, grid, device)
 
     def of_student(self, micro_batch: int, hidden: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
@@ -39,5 +39,5 @@ class PairedRows:
         """What travelled of the same tokens' states: [N, width] fp32."""
         rows = self.delivery.rows(micro_batch, teacher_layer)
         if rows is None:
-            return torch.empty(0, width)
-        return self.delivery.wire.decode(rows)
+            return torch.empty(0, width, device=self.device)
+        return self.delivery.wire.decode(rows.to(self.device))

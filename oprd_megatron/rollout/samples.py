@@ -26,7 +26,7 @@ class SampleMaker:
         config: position anchor and the least share of aligned tokens.
         to_teacher: retokenises the student's responses; None with one tokenizer.
         to_student: retokenises the teacher's responses.
-        teacher_context: tokens that the teacher can read; what comes later is not aligned.
+        teacher_context, student_context: tokens that each can read; what comes later is cut, and not aligned.
 
     Attributes:
         aligned_fraction: share of response tokens of the last `of_student` that are aligned; None with one tokenizer.
@@ -39,10 +39,11 @@ class SampleMaker:
         to_teacher: Retokenizer | None = None,
         to_student: Retokenizer | None = None,
         teacher_context: int = 0,
+        student_context: int = 0,
     ) -> None:
         self.prompts = {prompt.index: prompt for prompt in prompts}
         self.config, self.to_teacher, self.to_student = config, to_teacher, to_student
-        self.teacher_context = teacher_context
+        self.teacher_context, self.student_context = teacher_context, student_context
         self.aligned_fraction: float | None = None
 
     def of_student(self, rollouts: Sequence[Rollout]) -> list[Sample]:
@@ -58,7 +59,9 @@ class SampleMaker:
             both = self.to_teacher.response(rollout.response_ids)
             teacher_prompt = self.prompts[rollout.prompt_index].teacher_ids
             student, teacher = self._pairs(both)
-            text = self._text(teacher_prompt, both.teacher_ids, len(rollout.prompt_ids), student, teacher)
+            text = self._text(
+                teacher_prompt, both.teacher_ids, rollout.prompt_ids, rollout.response_ids, student, teacher
+            )
             samples.append(Sample(rollout.prompt_ids, rollout.response_ids, text))
             aligned, tokens = aligned + len(text.student_positions), tokens + len(rollout.response_ids)
         self.aligned_fraction = aligned / tokens
@@ -78,8 +81,9 @@ class SampleMaker:
             both = self.to_student.response(rollout.response_ids)  # here the writer is the teacher
             prompt = self.prompts[rollout.prompt_index]
             teacher, student = self._pairs(both)
-            text = self._text(rollout.prompt_ids, rollout.response_ids, len(prompt.token_ids), student, teacher)
-            samples.append(Sample(prompt.token_ids, both.teacher_ids, text))
+            response = both.teacher_ids[: max(0, self.student_context - len(prompt.token_ids))]
+            text = self._text(rollout.prompt_ids, rollout.response_ids, prompt.token_ids, response, student, teacher)
+            samples.append(Sample(prompt.token_ids, response, text))
         return samples
 
     def _pairs(self, both: Retokenized) -> tuple[np.ndarray, np.ndarray]:
@@ -92,11 +96,13 @@ class SampleMaker:
         self,
         teacher_prompt: tuple[int, ...],
         teacher_response: Sequence[int],
-        student_prompt_length: int,
+        student_prompt: tuple[int, ...],
+        student_response: tuple[int, ...],
         student: np.ndarray,
         teacher: np.ndarray,
     ) -> TeacherText:
         ids = (teacher_prompt + tuple(teacher_response))[: self.teacher_context]
-        student, teacher = student + student_prompt_length, teacher + len(teacher_prompt)
-        there = (teacher < len(ids)) & (teacher >= 0) & (student >= 0)
+        student, teacher = student + len(student_prompt), teacher + len(teacher_prompt)
+        there = (teacher < len(ids)) & (student < len(student_prompt) + len(student_response))
+        there &= (teacher >= 0) & (student >= 0)
         return TeacherText(ids, tuple(student[there].tolist()), tuple(teacher[there].tolist()))

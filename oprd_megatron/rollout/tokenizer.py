@@ -65,7 +65,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     Raises:
         DataError: they differ; the message says in what.
     """
-    advice = "OPRD needs teacher and student to share one tokenizer"
+    advice = "let teacher and student share one tokenizer, or set distill.cross_tokenizer: true"
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     if mine != theirs:
         moved = sorted((token for token in mine if theirs.get(token) != mine[token]), key=mine.__getitem__)
@@ -78,5 +78,5 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     if cut_mine != cut_theirs:
         raise DataError(
             f"the tokenizers have the same vocabulary but cut text differently: {PROBE[:27]!r}.. is {len(cut_mine)} "
-            f"tokens for the student and {len(cut_theirs)} for the teacher; give both the same tokenizer files"
+            f"tokens for the student and {len(cut_theirs)} for the teacher; {advice}"
         )

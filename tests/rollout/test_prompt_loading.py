@@ -10,10 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from oprd_megatron.config.schema import PromptsConfig
 from oprd_megatron.errors import DataError
 from oprd_megatron.rollout import Prompt, load_prompts, refuse_overlap
+from tests.cross_tokenizer.cross_runs import tokenizer_of
 from tests.tiny_models import tiny_tokenizer
 
 TEXTS = ["Say hi.", "Où est 7+5?\nThink.", "日本"]
@@ -156,3 +159,80 @@ def test_shipped_prompts_load_and_are_disjoint() -> None:
     assert (len(train), len(held_out)) == (240, 32)
     refuse_overlap(train, held_out, data)
     assert len({prompt.token_ids for prompt in train + held_out}) == 272
+
+
+def brackets() -> PreTrainedTokenizerFast:
+    """A teacher's tokenizer: other ids than the tiny one's, and a longer chat template."""
+    return tokenizer_of(
+        "gemma_like", "{% for m in messages %}" + "[{{ m['role'] }}] " * 3 + "{{ m['content'] }}{% endfor %}"
+    )
+
+
+def test_a_teacher_reads_each_prompt_its_own_way(tmp_path: Path) -> None:
+    """`teacher_ids` are the teacher's chat template in the teacher's tokens, `token_ids` the student's, in the file's order and
+    across reading chunks, also where rows repeat; without a teacher there are none."""
+    teacher = brackets()
+    texts = [f"{TEXTS[number % 3]} {number % 700}" for number in range(1500)]
+    path = write(tmp_path / "p.jsonl", texts)
+    prompts = load_prompts(PromptsConfig(path=path), TOKENIZER, teacher)
+    assert [(prompt.index, prompt.text) for prompt in prompts] == list(enumerate(texts))
+    for prompt in [*prompts[:4], *prompts[1020:1028], prompts[-1]]:
+        messages = [{"role": "user", "content": prompt.text}]
+        for tokenizer, ids in ((TOKENIZER, prompt.token_ids), (teacher, prompt.teacher_ids)):
+            assert (
+                list(ids)
+                == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
+    assert all(prompt.teacher_ids == () for prompt in load(path))
+
+
+def test_raw_text_is_each_tokenizers_own_encoding(tmp_path: Path) -> None:
+    """chat_template: false needs neither template; each tokenizer adds its own special tokens to a text."""
+    teacher = tokenizer_of("byte_level", template=None)
+    backend = teacher.backend_tokenizer
+    backend.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", teacher.bos_token_id)]
+    )
+    path = write(tmp_path / "p.jsonl", TEXTS)
+    prompts = load_prompts(PromptsConfig(path=path, chat_template=False), tiny_tokenizer(chat_template=False), teacher)
+    for prompt, text in zip(prompts, TEXTS, strict=True):
+        assert prompt.teacher_ids == (teacher.bos_token_id, *teacher(text, add_special_tokens=False)["input_ids"])
+        assert prompt.token_ids == tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_prompt_too_long_for_either_is_left_out_of_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The limit holds for both readings; what stays is numbered anew and keeps its own two readings."""
+    texts = ["ab", "the cat sat on the mat", "日本語", "x" * 12, "ok"]
+    path = write(tmp_path / "p.jsonl", texts)
+    bare = tokenizer_of("gemma_like", "{{ messages[0]['content'] }}")
+    student = tiny_tokenizer()
+    student.chat_template = "{{ messages[0]['content'] }}"
+    both = [(len(student(text)["input_ids"]), len(bare(text, add_special_tokens=False)["input_ids"])) for text in texts]
+    for pair in ((student, bare), (bare, student)):  # the cat is short for the one with words, whoever that is
+        with caplog.at_level(logging.WARNING):
+            prompts = load_prompts(PromptsConfig(path=path, max_tokens=11), *pair)
+        assert [prompt.text for prompt in prompts] == [
+            text for text, n in zip(texts, both, strict=True) if max(n) <= 11
+        ]
+        assert [prompt.index for prompt in prompts] == list(range(len(prompts))) and 2 <= len(prompts) < 5
+        for prompt in prompts:
+            read = [tuple(each(prompt.text, add_special_tokens=False)["input_ids"]) for each in pair]
+            assert [prompt.token_ids, prompt.teacher_ids] == read
+    assert any(theirs <= 11 < mine for mine, theirs in both)
+    assert "left out 2 of 5 prompts, over 11 tokens" in caplog.text
+
+
+def test_a_missing_chat_template_says_whose(tmp_path: Path) -> None:
+    """One line names the student's or the teacher's tokenizer; with one tokenizer there is no question."""
+    path = write(tmp_path / "p.jsonl", TEXTS)
+    bare = tiny_tokenizer(chat_template=False)
+    for student, teacher, whose in (
+        (TOKENIZER, bare, " of the teacher"),
+        (bare, TOKENIZER, " of the student"),
+        (bare, None, ""),
+    ):
+        with pytest.raises(
+            DataError, match=f"the tokenizer{whose} has no chat template; set chat_template: false"
+        ) as caught:
+            load_prompts(PromptsConfig(path=path), student, teacher)
+        assert "\n" not in str(caught.value)
