@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.mapping import CheckpointingException, Sha
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -142,13 +143,20 @@ def save_checkpoint(
     with together(f"publishing {final}"):
         if dist.get_rank() == 0:
             if bridge is not None:
-                save_file({name: part.cpu() for name, part in bridge.contiguous().items()}, staging / BRIDGE)
+                _save_bridge(bridge, staging / BRIDGE)
             if final.exists():
                 shutil.rmtree(final)
             staging.rename(final)
             _replace_text(folder / TRACKER, str(progress.step))
             _drop_old(folder, config.checkpoint.keep)
     return final
+
+
+def _save_bridge(bridge: Bridge, path: Path) -> None:
+    try:
+        save_file({name: part.cpu() for name, part in bridge.contiguous().items()}, path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot write the bridge ({_first_line(error)}); free disk space") from None
 
 
 def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer | None, platform: Platform) -> Progress:

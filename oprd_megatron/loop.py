@@ -63,7 +63,10 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     health = watch_bridge(config, space)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
-        log(logger, held_out.record(0, trainer.engine, samples=True))
+        record = held_out.record(0, trainer.engine, samples=True)
+        log(logger, record)
+        if health:
+            health.warnings(record)  # what later ones are held against
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
         log(logger, trainer.step(step))

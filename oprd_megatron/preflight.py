@@ -139,7 +139,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     theirs = load_tokenizer(config.teacher.path)
     check_tokenizer(theirs, teacher.vocab_size, config.teacher.path)
     if config.distill.bridge is not None:
-        _check_bridge(config, teacher, student, pairs, tokenizer, theirs)
+        _check_bridge(config, teacher, student, pairs, tokenizer, theirs, trained=not starts_run)
     other = theirs if config.distill.cross_tokenizer else None
     if other is None:
         check_same_tokenizer(tokenizer, theirs)
@@ -176,11 +176,16 @@ def _check_bridge(
     pairs: list[LayerPair],
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
+    trained: bool,
 ) -> None:
-    """The bridge is whole, and was fitted for these models, tokenizers and layers."""
+    """The bridge is whole, and was fitted for these models, tokenizers and layers. `trained`: the student may have been trained
+    through it since (its weights are only looked at)."""
     assert config.distill.bridge is not None
     info = read_info(config.distill.bridge)
     found = fingerprints(config, (teacher, student), (teacher_tokenizer, tokenizer))
+    if trained:
+        weights = info.fingerprints.student.weights
+        found = found.model_copy(update={"student": found.student.model_copy(update={"weights": weights})})
     check_bridge(config.distill.bridge, info, pairs, found)
 
 

@@ -206,7 +206,11 @@ class Trainer:
         every, space = self.config.bridge.refit_every, self.alignment.space
         if not every or not step or step % every or not isinstance(space, LowRank):
             return False
-        stage = Stage1(self.alignment.teacher, self.student, self.alignment.pairs, self.config, self.platform)
+        config = self.config
+        if not space.is_watched:  # an MLP stays one
+            mlp = config.bridge.model_copy(update={"projector": "mlp", "solver": "sgd"})
+            config = config.model_copy(update={"bridge": mlp})
+        stage = Stage1(self.alignment.teacher, self.student, self.alignment.pairs, config, self.platform)
         space.replace(replace(space.whole, student=stage.projections([samples], space.whole)))
         return True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 from oprd_megatron.config.schema import DistillConfig, ParallelConfig, RecomputeConfig
@@ -18,15 +18,30 @@ PAIRS = {
     "deep": ("llama", True, (5, 32), (4, 32)),
     "eight": ("qwen3", False, (8, 32), (8, 32)),
     "shallow": ("llama", False, (2, 64), (2, 64)),
-    "wide": ("qwen2", True, (6, 64), (4, 32)),  # needs the bridge
+    "wide": ("qwen2", True, (6, 64), (4, 32)),  # needs a bridge or a trained map
+    "padded": ("llama", False, (5, 32), (4, 32)),  # the teacher has more ids than the student
     "experts": ("qwen3_moe", False, (5, 32), (4, 32)),
     "mixtral": ("mixtral", True, (8, 32), (4, 32)),
 }
+VOCAB = 300
+TEACHER_VOCAB = {"padded": 400}
 DISTILL = {
     "raw": {"positions": "all"},
     "l2": {"normalize": "l2", "positions": "last_k", "k": 3, "coefficient": 100.0},
     "pre": {"layers": "odd", "positions": "first_k", "k": 4, "position_anchor": "predictor", "final_state": "pre_norm"},
 }
+BRIDGE_RANK = 6
+MODES: dict[str, dict[str, Any]] = {
+    "linear": {"mode": "linear"},
+    "rank": {"mode": "low_rank"},
+    "mlp": {"mode": "low_rank"},
+    "residual": {"mode": "low_rank_residual", "bridge_head": 2},
+    "depth": {"layer_weights": "depth"},
+    "listed": {"layer_weights": [0.0, 2.0, 1.0, 0.5], "final_layer_weights": "depth"},
+    "opd": {"opd_coefficient": 0.7},
+    "opdonly": {"coefficient": 0.0, "opd_coefficient": 1.5},
+}
+"""What stage 2 adds; a case may have several of them."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +54,29 @@ class Case:
     student: ParallelConfig
     pair: str = "deep"
     distill: str = "raw"
+    modes: tuple[str, ...] = ()
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     micro_batch_tokens: int | None = None
     distributed: bool = False
     spool_bytes: int | None = None
 
     def distill_config(self, bridge: str | None) -> DistillConfig:
-        return DistillConfig(**DISTILL[self.distill], bridge=bridge, spool_bytes=self.spool_bytes)  # type: ignore[arg-type]
+        keys: dict[str, Any] = dict(DISTILL[self.distill])
+        for mode in self.modes:
+            keys |= MODES[mode]
+        return DistillConfig(**keys, bridge=bridge, spool_bytes=self.spool_bytes)
+
+    @property
+    def has_bridge(self) -> bool:
+        _, _, teacher, student = PAIRS[self.pair]
+        return "linear" not in self.modes and (
+            teacher[1] != student[1] or not {"rank", "mlp", "residual"}.isdisjoint(self.modes)
+        )
+
+    @property
+    def key(self) -> str:
+        """Of the reference: cases with the same one differ in layout only."""
+        return "_".join([self.pair, self.distill, *sorted(self.modes)])
 
 
 def parse(text: str) -> Case:
@@ -59,6 +90,8 @@ def parse(text: str) -> Case:
             settings["pair"] = word
         elif word in DISTILL:
             settings["distill"] = word
+        elif word in MODES:
+            settings["modes"] = (*settings.get("modes", ()), word)
         elif key == "full":
             method, _, count = value.partition(":")
             settings["recompute"] = RecomputeConfig(
@@ -145,3 +178,27 @@ FOUR = ["dp4", "pp2 dp2", "pp4", "tp2 dp2", "tp2 pp2", "tp4"]
 
 PAIRED = [f"{a} > {b} | eight" for a, b in permutations(FOUR, 2) if f"{a} > {b} | eight" not in MATRIX]
 CASES = [parse(text) for text in [*MATRIX, *PAIRED]]
+
+EACH_MODE = [
+    "linear", "wide linear", "rank", "wide mlp", "wide residual l2", "depth", "wide listed", "opd", "eight opdonly",
+    "padded opd linear", "wide mlp listed opd",
+]  # fmt: skip
+IN_EACH = [
+    "dp1 > dp1 |", "tp2 > tp2 |", "tp2sp > tp2sp |", "pp2 > pp2 | full", "dp2 > dp2 |", "dp2 > dp2 | distributed",
+    "cp2 > cp2 |", "pp2 vpp2 > pp2 vpp2 |", "tp2 > pp2 |", "cp2 > tp2sp | full", "dp2 > tp2 | pack=40",
+    "dp1 @0-0 > dp1 @1-1 |", "tp2 @0-1 > pp2 @2-3 |", "pp2 dp2 > tp2sp pp2 | distributed", "tp2 cp2 > tp2 dp2 | pack=40",
+]  # fmt: skip
+FURTHER = [
+    "dp1 > dp1 | wide linear pre", "tp2 > tp2 | wide linear l2 full", "tp4 > tp2sp cp2 | wide linear",
+    "tp2sp > tp2sp | experts linear",
+    "pp2 > dp2 | wide linear spool=30000", "tp2 > dp2 | padded opd spool=20000", "pp2 vpp2 > tp2sp | experts opd",
+    "tp4sp > pp4 | eight opd", "pp2 > tp2 | residual full", "cp2 > dp2 | rank pre",
+    "tp2 @2-3 > dp2 @0-1 | wide mlp pack=30",
+    "dp2 > pp2 vpp2 | padded opdonly full", "tp2sp pp2 > cp2 dp2 | opd l2", "dp4 > tp4 | eight depth opdonly",
+]  # fmt: skip
+MODE_CASES = [
+    parse(f"{layout} {mode}")
+    for mode, layout in product(EACH_MODE, IN_EACH)
+    if not ("opd" in mode and "@" in layout)  # refused: OPD needs both models on the same ranks
+] + [parse(text) for text in FURTHER]
+"""Every mode in every kind of layout."""

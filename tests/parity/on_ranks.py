@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,42 +12,54 @@ import torch.distributed as dist
 from checkpoints_conversion import read_architecture
 from checkpoints_conversion.live.weights import stream_hf_weights
 from oprd_megatron.models import Model, build_model
+from oprd_megatron.objectives.opd import OPD, OPDBatch
 from oprd_megatron.optimizer import build_optimizer, stream_gradients
 from oprd_megatron.parallel import GridLayout, check_ranks, resolve_layout, tp_divisible
 from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import select_platform
 from oprd_megatron.representation.alignment import Alignment
+from oprd_megatron.representation.batch import BatchPlan
+from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.grids import follow_student
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
-from tests.parity.cases import Case
+from oprd_megatron.representation.space import Linear
+from tests.parity.cases import BRIDGE_RANK, Case
 from tests.parity.reference import OPTIMIZER, STEPS, Reference, batches
 
 LOSS = 1e-6
 """Relative."""
 GRADIENT = 1e-5
 """Of the largest element of the gradient: fp32 sums in another order."""
+KL_GRADIENT = 2e-5
+"""The same for OPD: p (log p - log q - KL) cancels to a few digits less."""
 PARAMETER = 1e-5
 """Absolute, after three steps of lr 1e-3."""
 
 
-def run_cases(folder: Path, cases: list[tuple[Case, str, str | None]]) -> list[str]:
-    """Run cases of one world size. Each is (case, key of its reference, bridge file). Returns what differs."""
+def run_cases(folder: Path, stores: Path, cases: list[tuple[Case, str, str | None]]) -> list[str]:
+    """Run cases of one world size. Each is (case, key of its reference, bridge file). Returns what differs.
+
+    Args:
+        folder: models and references.
+        stores: an empty folder, where ranks meet.
+        cases: one after the other.
+    """
     problems = []
     for number, (case, key, bridge) in enumerate(cases):
-        _fresh_world(folder, number)
+        _fresh_world(stores, number)
         reference = torch.load(folder / f"{key}.pt", weights_only=False)
         problems += [f"[{case.text}] {problem}" for problem in _check(folder, case, bridge, reference)]
     return problems
 
 
-def _fresh_world(folder: Path, number: int) -> None:
+def _fresh_world(stores: Path, number: int) -> None:
     """Drop the process groups of the case before."""
     rank, size = dist.get_rank(), dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/world_{size}_{number}", rank=rank, world_size=size, timeout=timeout
+        "gloo", init_method=f"file://{stores}/world_{size}_{number}", rank=rank, world_size=size, timeout=timeout
     )
 
 
@@ -81,6 +94,7 @@ def build_alignment(folder: Path, case: Case, bridge: str | None) -> Alignment:
             build_model(
                 architectures[which], grid, platform, dtype=torch.float32, hf_dir=directories[which], frozen=which == 0,
                 recompute=case.recompute if which == 1 else None,
+                vocab_size=max(architecture.vocab_size for architecture in architectures),
             )
         )  # fmt: skip
     return Alignment(*models, distill, platform, micro_batch_size=1, micro_batch_tokens=case.micro_batch_tokens)
@@ -88,32 +102,73 @@ def build_alignment(folder: Path, case: Case, bridge: str | None) -> Alignment:
 
 def _check(folder: Path, case: Case, bridge: str | None, reference: Reference) -> list[str]:
     alignment = build_alignment(folder, case, bridge)
-    student, problems = alignment.student, []
-    optimizer = None
+    student, distill, problems = alignment.student, alignment.config, []
+    optimizer = opd = output = None
+    limit = KL_GRADIENT if distill.opd_coefficient else GRADIENT
     if student.grid.is_member:
         settings = OPTIMIZER.model_copy(update={"distributed": case.distributed})
-        optimizer = build_optimizer(student, settings, STEPS, alignment.platform)
+        trains_head = distill.opd_coefficient > 0
+        optimizer = build_optimizer(student, settings, STEPS, alignment.platform, trains_head)
+    if distill.opd_coefficient:
+        opd = OPD(alignment.teacher, student, distill.opd_coefficient, alignment.platform.device)
     for step, samples in enumerate(batches()):
+        alignment.advance(step / (STEPS - 1))
         plan = alignment.plan(samples)
         if optimizer:
             optimizer.zero_grad()
-        report = alignment.reduce(alignment.run(plan, train=True, chunks=optimizer.chunks if optimizer else None))
-        if abs(report.loss - reference.losses[step]) > LOSS * abs(reference.losses[step]):
-            problems.append(f"loss of step {step}: {report.loss}, not {reference.losses[step]}")
+        passes = Passes(train=True, chunks=optimizer.chunks if optimizer else None)
+        if opd is not None:
+            output = opd.of_batch(plan)
+            passes = _with_output(passes, output)
+        loss = alignment.reduce(alignment.run(plan, passes)).loss
+        if output is not None:
+            loss += distill.opd_coefficient * output.mean_kl()
+        if abs(loss - reference.losses[step]) > LOSS * abs(reference.losses[step]):
+            problems.append(f"loss of step {step}: {loss}, not {reference.losses[step]}")
         problems += _bytes_problems(alignment, plan)
         if step == 0 and optimizer is not None and not case.distributed:
             gradients = {name: tensor.clone() for name, tensor in stream_gradients(student)}
-            problems += _differences("gradient", gradients, reference.gradients, relative=GRADIENT)
+            problems += _differences("gradient", gradients, reference.gradients, relative=limit)
+            of_maps = {layer: weight.main_grad for layer, weight in _maps(alignment).items()}  # type: ignore[attr-defined]
+            problems += _map_differences("gradient", alignment, of_maps, reference.map_gradients, relative=limit)
         if optimizer is not None:
             norm = optimizer.step()
             if step == 0 and abs(norm - reference.norm) > GRADIENT * reference.norm:
                 problems.append(f"gradient norm {norm}, not {reference.norm}")
     if student.grid.is_member:
         problems += _differences("parameter", _parameters(student), reference.parameters, absolute=PARAMETER)
+        problems += _map_differences("value", alignment, _maps(alignment), reference.maps, absolute=PARAMETER)
     return problems
 
 
-def _bytes_problems(alignment: Alignment, plan) -> list[str]:  # type: ignore[no-untyped-def]
+def _with_output(passes: Passes, output: OPDBatch) -> Passes:
+    """As the trainer does it."""
+    return replace(
+        passes,
+        on_teacher_output=output.on_teacher_output,
+        on_student_output=output.on_student_output,
+        between=output.between,
+    )
+
+
+def _maps(alignment: Alignment) -> dict[int, torch.Tensor]:
+    """{student layer: W} of this rank."""
+    return dict(alignment.space.weights) if isinstance(alignment.space, Linear) else {}
+
+
+def _map_differences(
+    what: str, alignment: Alignment, found: dict[int, torch.Tensor], expected: dict[int, torch.Tensor], **limits: float
+) -> list[str]:
+    """Of the trained maps; this rank has those of its layers, whole."""
+    grid = alignment.student.grid
+    here = [layer for layer in expected if grid.layout.stage_of(layer) == grid.coords.pp]
+    if sorted(found) != sorted(here):
+        return [f"rank {dist.get_rank()}: maps of layers {sorted(found)}, not {sorted(here)}"]
+    named = [{str(layer): part[layer].detach() for layer in here} for part in (found, expected)]
+    return _differences(f"map's {what} of layer", *named, **limits)
+
+
+def _bytes_problems(alignment: Alignment, plan: BatchPlan) -> list[str]:
     sent = torch.tensor([alignment.sent_bytes], dtype=torch.int64)
     dist.all_reduce(sent)
     planned, problems = alignment.planned_bytes(plan), []
@@ -122,7 +177,21 @@ def _bytes_problems(alignment: Alignment, plan) -> list[str]:  # type: ignore[no
     budget = alignment.config.spool_bytes
     if budget is not None and alignment.peak_bytes > budget:
         problems.append(f"{alignment.peak_bytes} bytes held, {budget} allowed")
-    return problems
+    return problems + _bridge_bytes_problems(alignment, plan, planned)
+
+
+def _bridge_bytes_problems(alignment: Alignment, plan: BatchPlan, planned: int) -> list[str]:
+    """Through a bridge r numbers of a state travel, and all states do between models on ranks of their own."""
+    config, (teacher, student) = alignment.config, (m.grid.layout for m in (alignment.teacher, alignment.student))
+    if config.bridge is None:
+        return []
+    size = 4 * (BRIDGE_RANK - config.bridge_head)
+    if planned % size:
+        return [f"{planned} bytes are no multiple of {size}"]
+    is_apart = set(teacher.ranks).isdisjoint(student.ranks)
+    wanted = {(student.stage_of(pair.student_layer), pair.teacher_layer) for pair in alignment.pairs}
+    expected = plan.num_tokens * len(wanted) * size
+    return [f"{planned} bytes, not {expected}"] if is_apart and planned != expected else []
 
 
 def _parameters(student: Model) -> dict[str, torch.Tensor]:

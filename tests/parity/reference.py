@@ -1,21 +1,24 @@
-"""What every layout must equal: Eq. 6 and three AdamW steps on transformers' models, one sample at a time, in one process."""
+"""What every layout must equal: Eq. 4, 6, 7 and 14 and three AdamW steps on transformers' models, one sample at a time, in one
+process. Nothing of the code under test but the choice of layers and positions is used."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu, linear, normalize
 from transformers import AutoModelForCausalLM
 
 from oprd_megatron.config.schema import DistillConfig, OptimizerConfig
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.positions import supervised_positions
+from tests.parity.cases import BRIDGE_RANK, VOCAB
 from tests.tiny_models import as_in_files
 
-VOCAB = 300
 STEPS = 3
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_fraction=0.0, eps=1e-6, weight_decay=0.1, clip_grad=0.05)
 """Clipping is on: it needs the right norm over all ranks. Adam's eps is 1e-6: with 1e-8 it would scale rounding up."""
@@ -39,24 +42,58 @@ class Reference:
         norm: of the first gradient, before clipping.
         gradients: {HF name: first gradient}.
         parameters: {HF name: value after the last step}.
+        map_gradients, maps: the same of the trained maps, {student layer: [D_T, D_S]}.
     """
 
     losses: list[float]
     norm: float
     gradients: dict[str, torch.Tensor]
     parameters: dict[str, torch.Tensor]
+    map_gradients: dict[int, torch.Tensor]
+    maps: dict[int, torch.Tensor]
 
 
-def write_bridge(path: Path, pairs: list[LayerPair], teacher_width: int, student_width: int, rank: int = 6) -> None:
+def write_bridge(path: Path, pairs: list[LayerPair], teacher_width: int, student_width: int, is_mlp: bool) -> None:
     """A bridge of random projections."""
+    rank, hidden = BRIDGE_RANK, 10
     generator = torch.Generator().manual_seed(9)
     draw = lambda *shape: torch.randn(shape, generator=generator) / shape[-1] ** 0.5  # noqa: E731
     tensors = {}
     for pair in pairs:
         tensors[f"teacher.{pair.teacher_layer}.mean"] = draw(teacher_width)
         tensors[f"teacher.{pair.teacher_layer}.projection"] = draw(rank, teacher_width)
-        tensors[f"student.{pair.student_layer}.projection"] = draw(rank, student_width)
+        student = f"student.{pair.student_layer}"
+        if is_mlp:
+            tensors |= {f"{student}.fc1.weight": draw(hidden, student_width), f"{student}.fc1.bias": draw(hidden)}
+            tensors |= {f"{student}.fc2.weight": draw(rank, hidden), f"{student}.fc2.bias": draw(rank)}
+        else:
+            tensors[f"{student}.projection"] = draw(rank, student_width)
     save_file(tensors, path)
+
+
+def new_maps(pairs: list[LayerPair], teacher_width: int, student_width: int) -> dict[int, torch.nn.Parameter]:
+    """The trained maps as they begin: the identity, or drawn from the layer's number."""
+    maps = {}
+    for pair in pairs:
+        drawn = torch.rand(
+            teacher_width,
+            student_width,
+            generator=torch.Generator().manual_seed(pair.student_layer),
+            dtype=torch.float32,
+        )
+        start = torch.eye(student_width) if teacher_width == student_width else (2 * drawn - 1) / student_width**0.5
+        maps[pair.student_layer] = torch.nn.Parameter(start)
+    return maps
+
+
+def weights_of(distill: DistillConfig, pairs: list[LayerPair], step: int) -> dict[int, float]:
+    """{student layer: weight}, on the way from the first weights to the last ones."""
+    ends = []
+    for chosen in (distill.layer_weights, distill.final_layer_weights or distill.layer_weights):
+        raw = chosen if isinstance(chosen, list) else [p.student_layer if chosen == "depth" else 1 for p in pairs]
+        ends.append(torch.tensor(raw, dtype=torch.float64) / (sum(raw) / len(raw)))
+    now = torch.lerp(*ends, step / (STEPS - 1))
+    return {pair.student_layer: float(weight) for pair, weight in zip(pairs, now, strict=True)}
 
 
 def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> Reference:
@@ -66,35 +103,61 @@ def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> R
     )
     pairs = resolve_layer_pairs(distill, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     bridge = load_file(distill.bridge) if distill.bridge else {}
+    maps = new_maps(pairs, teacher.config.hidden_size, student.config.hidden_size) if distill.mode == "linear" else {}
     pre_norm: dict[object, torch.Tensor] = {}
     for model in (teacher, student):
         model.model.norm.register_forward_pre_hook(lambda _, inputs, model=model: pre_norm.update({model: inputs[0]}))
-    trained = {name: p for name, p in student.named_parameters() if name != "lm_head.weight"}
+    trained = {name: p for name, p in student.named_parameters() if distill.opd_coefficient or name != "lm_head.weight"}
+    matrices = [p for p in trained.values() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": OPTIMIZER.weight_decay},
+            {"params": [*matrices, *maps.values()], "weight_decay": OPTIMIZER.weight_decay},
             {"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps,
     )  # fmt: skip
-    losses, first = [], {}
+    losses, first, first_of_maps = [], {}, {}
     norm = 0.0
     for step, samples in enumerate(batches()):
         optimizer.zero_grad()
-        loss = _loss(samples, teacher, student, pairs, distill, bridge, pre_norm)
+        loss = torch.zeros(())
+        if distill.coefficient:
+            weights = weights_of(distill, pairs, step)
+            spaces = {"bridge": bridge, "maps": maps, "weights": weights}
+            loss = _loss(samples, teacher, student, pairs, distill, pre_norm, **spaces)
+        if distill.opd_coefficient:
+            loss = loss + distill.opd_coefficient * _reverse_kl(samples, teacher, student)
         loss.backward()
         losses.append(loss.item())
         if step == 0:
             first = as_in_files(student, {name: p.grad for name, p in trained.items() if p.grad is not None})
-        found = torch.nn.utils.clip_grad_norm_([p for p in trained.values() if p.grad is not None], OPTIMIZER.clip_grad)
+            first_of_maps = {
+                layer: torch.zeros_like(w) if w.grad is None else w.grad.clone() for layer, w in maps.items()
+            }
+        every = [*trained.values(), *maps.values()]
+        found = torch.nn.utils.clip_grad_norm_([p for p in every if p.grad is not None], OPTIMIZER.clip_grad)
         norm = norm or found.item()
         for group in optimizer.param_groups:
             group["lr"] = OPTIMIZER.lr * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step + 1) / STEPS)).item())
         optimizer.step()
-    return Reference(losses, norm, first, as_in_files(student, {name: p.detach() for name, p in trained.items()}))
+    parameters = as_in_files(student, {name: p.detach() for name, p in trained.items()})
+    return Reference(
+        losses, norm, first, parameters, first_of_maps, {layer: w.detach().clone() for layer, w in maps.items()}
+    )
 
 
-def _loss(samples, teacher, student, pairs, distill, bridge, pre_norm):  # type: ignore[no-untyped-def]
+def _loss(  # type: ignore[no-untyped-def]
+    samples: list[Sample],
+    teacher,
+    student,
+    pairs: list[LayerPair],
+    distill: DistillConfig,
+    pre_norm: dict[Any, torch.Tensor],
+    bridge: dict[str, torch.Tensor],
+    maps: dict[int, torch.nn.Parameter],
+    weights: dict[int, float],
+) -> torch.Tensor:
+    """Eq. 6 and 14, and their kin, with layer weights."""
     positions = [list(supervised_positions(len(s.prompt_ids), len(s.response_ids), distill)) for s in samples]
     count, total = sum(map(len, positions)), torch.zeros(())
     for sample, places in zip(samples, positions, strict=True):
@@ -110,11 +173,34 @@ def _loss(samples, teacher, student, pairs, distill, bridge, pre_norm):  # type:
             h_t = states[0][pair.teacher_layer - 1][0, places].detach()
             h_s = states[1][pair.student_layer - 1][0, places]
             if bridge:
-                h_t = (h_t - bridge[f"teacher.{pair.teacher_layer}.mean"]) @ bridge[
-                    f"teacher.{pair.teacher_layer}.projection"
-                ].T
-                h_s = h_s @ bridge[f"student.{pair.student_layer}.projection"].T
+                mean, basis = (bridge[f"teacher.{pair.teacher_layer}.{part}"] for part in ("mean", "projection"))
+                h_t = ((h_t - mean) @ basis.T)[:, distill.bridge_head :]
+                h_s = _projected(bridge, f"student.{pair.student_layer}", h_s)[:, distill.bridge_head :]
+            if maps:
+                h_s = h_s @ maps[pair.student_layer].T
             if distill.normalization == "l2":
-                h_t, h_s = (torch.nn.functional.normalize(h, dim=-1) for h in (h_t, h_s))
-            total = total + (h_s - h_t).square().mean(-1).sum() / len(pairs)
+                h_t, h_s = normalize(h_t, dim=-1), normalize(h_s, dim=-1)
+            total = total + weights[pair.student_layer] * (h_s - h_t).square().mean(-1).sum() / len(pairs)
     return distill.coefficient * total / count
+
+
+def _projected(bridge: dict[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
+    """P_S h_S, or the MLP."""
+    if f"{name}.projection" in bridge:
+        return states @ bridge[f"{name}.projection"].T
+    hidden = gelu(linear(states, bridge[f"{name}.fc1.weight"], bridge[f"{name}.fc1.bias"]))
+    return linear(hidden, bridge[f"{name}.fc2.weight"], bridge[f"{name}.fc2.bias"])
+
+
+def _reverse_kl(samples: list[Sample], teacher, student) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Eq. 4: mean over all response tokens of KL(student || teacher), over the ids that both have."""
+    total, count = torch.zeros(()), 0
+    for sample in samples:
+        first, number = len(sample.prompt_ids) - 1, len(sample.response_ids)
+        if not number:
+            continue
+        ids, count = torch.tensor([sample.ids]), count + number
+        logits = [model(ids).logits[0, first : first + number, :VOCAB] for model in (teacher, student)]
+        log_q, log_p = logits[0].detach().log_softmax(-1), logits[1].log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    return total / count

@@ -8,15 +8,16 @@ A random tenth of the cases runs by default (the seed is printed when it fails; 
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
-from tests.parity.cases import CASES, PAIRS, Case
+from tests.parity.cases import CASES, MODE_CASES, MODES, PAIRS, TEACHER_VOCAB, VOCAB, Case
 from tests.parity.on_ranks import run_cases
-from tests.parity.reference import VOCAB, reference, write_bridge
+from tests.parity.reference import reference, write_bridge
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
 
@@ -32,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, (name, (layers, width)) in enumerate((("teacher", teacher), ("student", student)), 1):
             tiny_hf_model(
                 family, folder / pair / name, num_layers=layers, hidden_size=width, heads=8, kv_heads=4, ffn=96,
-                vocab_size=VOCAB, std=0.1, seed=seed, tied=tied,
+                vocab_size=TEACHER_VOCAB.get(pair, VOCAB) if name == "teacher" else VOCAB, std=0.1, seed=seed, tied=tied,
             )  # fmt: skip
     return folder
 
@@ -41,21 +42,23 @@ def check(folder: Path, cases: list[Case]) -> None:
     problems: list[str] = []
     for world in sorted({case.world for case in cases}):
         prepared = [(case, *prepare(folder, case)) for case in cases if case.world == world]
-        for found in run_ranks(world, run_cases, folder, prepared, timeout_seconds=60 + SECONDS_A_CASE * len(prepared)):
+        stores = Path(tempfile.mkdtemp(dir=folder))
+        for found in run_ranks(
+            world, run_cases, folder, stores, prepared, timeout_seconds=60 + SECONDS_A_CASE * len(prepared)
+        ):
             problems += [problem for problem in found if problem not in problems]
     assert not problems, "\n".join(problems)
 
 
 def prepare(folder: Path, case: Case) -> tuple[str, str | None]:
     """(name of the case's reference, bridge file), made if they are not there."""
-    key = f"{case.pair}_{case.distill}"
+    key, bridge = case.key, None
     directories = folder / case.pair / "teacher", folder / case.pair / "student"
     _, _, teacher, student = PAIRS[case.pair]
-    bridge = None
-    if teacher[1] != student[1]:
+    if case.has_bridge:
         bridge = str(folder / f"{key}.safetensors")
         pairs = resolve_layer_pairs(case.distill_config(bridge), student[0], teacher[0])
-        write_bridge(Path(bridge), pairs, teacher[1], student[1])
+        write_bridge(Path(bridge), pairs, teacher[1], student[1], is_mlp="mlp" in case.modes)
     if not (folder / f"{key}.pt").exists():
         torch.save(reference(*directories, case.distill_config(bridge)), folder / f"{key}.pt")
     return key, bridge
@@ -63,10 +66,25 @@ def prepare(folder: Path, case: Case) -> tuple[str, str | None]:
 
 def test_a_random_part_of_the_matrix(models: Path, request: pytest.FixtureRequest) -> None:
     """Ten cases, others each time: see `pytest --parity-seed`."""
+    check(models, chance(request).sample(CASES, SAMPLE))
+
+
+def test_a_case_of_every_mode(models: Path, request: pytest.FixtureRequest) -> None:
+    """A random layout for every way of stage 2 (trained map, bridges, layer weights, OPD), others each time."""
+    rng, chosen = chance(request), []
+    for mode in MODES:
+        if not any(mode in case.modes for case in chosen):
+            chosen.append(rng.choice([case for case in MODE_CASES if mode in case.modes and case.world <= 2]))
+    chosen.append(rng.choice([case for case in MODE_CASES if case.world == 4]))
+    check(models, chosen)
+
+
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """What random cases are drawn from; its seed is printed."""
     seed = request.config.getoption("--parity-seed")
     seed = random.randrange(10**6) if seed is None else seed
     print(f"parity seed {seed}")
-    check(models, random.Random(seed).sample(CASES, SAMPLE))
+    return random.Random(seed)
 
 
 @pytest.mark.matrix
@@ -74,6 +92,35 @@ def test_a_random_part_of_the_matrix(models: Path, request: pytest.FixtureReques
 def test_the_whole_matrix(models: Path, world: int) -> None:
     """All cases of one number of ranks."""
     check(models, [case for case in CASES if case.world == world])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_in_every_layout(models: Path, mode: str) -> None:
+    """All cases of one way of stage 2."""
+    check(models, [case for case in MODE_CASES if mode in case.modes])
+
+
+def test_every_mode_is_in_every_kind_of_layout() -> None:
+    """Each mode on one rank, on every axis of a grid, on disjoint ranks (but OPD), recomputed, packed, and each line once."""
+    assert len({case.text for case in MODE_CASES}) == len(MODE_CASES)
+    for mode in MODES:
+        texts = [case.text for case in MODE_CASES if mode in case.modes]
+        kinds = [
+            "dp1 >",
+            "tp2 >",
+            "tp2sp >",
+            "pp2 >",
+            "dp2 >",
+            "cp2 >",
+            "vpp2 >",
+            "distributed",
+            "full",
+            "pack",
+            "tp2 > pp2",
+        ]
+        for kind in kinds if mode in ("opd", "opdonly") else [*kinds, "@"]:
+            assert any(kind in text for text in texts), (mode, kind)
 
 
 def test_the_matrix_has_what_it_should() -> None:

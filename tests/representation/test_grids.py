@@ -217,7 +217,7 @@ def test_state_bytes_follow_wire_and_bridge(tmp_path: Path) -> None:
     def state_bytes(**distill: Any) -> int:
         return planner(config(distill=distill), pairs, TEACHER, layout, layout).state_bytes
 
-    save_file({"student.1.projection": torch.zeros(16, 64)}, tmp_path / "bridge.safetensors")
+    save_file({"teacher.1.projection": torch.zeros(16, 64)}, tmp_path / "bridge.safetensors")
     bridge = str(tmp_path / "bridge.safetensors")
     assert state_bytes() == 64 * 2 and state_bytes(wire="fp32") == 64 * 4 and state_bytes(wire="fp8") == 64 + 4
     assert state_bytes(bridge=bridge) == 16 * 2 and state_bytes(bridge=bridge, wire="fp8") == 16 + 4

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.representation.layer_map import LayerPair, layer_set, proportional_layer, resolve_layer_pairs
+from oprd_megatron.representation.layer_map import (
+    LayerPair,
+    layer_set,
+    proportional_layer,
+    read_map,
+    resolve_layer_pairs,
+)
 
 # fmt: off
 TABLES = {
@@ -137,3 +146,117 @@ def test_odd_layers_of_a_one_layer_student() -> None:
     """A named set can be empty too: it is refused, not supervised silently."""
     with pytest.raises(ConfigError, match=r"distill\.layers: 'odd' selects none of the student's 1 layers"):
         layer_set("odd", 1)
+
+
+def measured(folder: Path, pairs: list[tuple[Any, ...]], **changes: Any) -> Path:
+    """A map file of (student layer, teacher layer, score)."""
+    rows = [dict(zip(("student_layer", "teacher_layer", "score"), pair, strict=False)) for pair in pairs]
+    (folder / "map.json").write_text(json.dumps({"format": 1, "pairs": rows, "note": "for people"} | changes))
+    return folder / "map.json"
+
+
+def refusal(folder: Path, **keys: Any) -> str:
+    """The one line with which a map is refused."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_layer_pairs(DistillConfig(**keys), 4, 6)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(folder), "")
+
+
+def test_a_measured_map(tmp_path: Path) -> None:
+    """Its pairs by ascending student layer, with their scores; `layers` selects among them, and a set that needs a layer which
+    the file leaves out is refused."""
+    path = measured(tmp_path, [(4, 6, 1.5), (1, 2, -0.25), (2, 2, 0.0)])
+    pairs = resolve_layer_pairs(DistillConfig(layer_map=path), 4, 6)
+    assert [(p.student_layer, p.teacher_layer, p.score) for p in pairs] == [(1, 2, -0.25), (2, 2, 0.0), (4, 6, 1.5)]
+    assert resolve_layer_pairs(DistillConfig(layer_map=path, layers="odd"), 4, 6) == [LayerPair(2, 2), LayerPair(4, 6)]
+    assert resolve_layer_pairs(DistillConfig(layer_map=path, layers=[1]), 4, 6) == [LayerPair(1, 2)]
+    assert "student layer 3 is in distill.layers but has no teacher" in refusal(tmp_path, layer_map=path, layers="even")
+
+
+def test_scores_are_optional_and_may_be_whole_numbers(tmp_path: Path) -> None:
+    """A map written by hand is a map."""
+    found = read_map(measured(tmp_path, [(1, 1), (2, 3, 2), (3, 4, None)]))
+    assert [pair.score for pair in found] == [None, 2, None]
+
+
+BAD_MAPS: dict[str, bytes] = {
+    "empty": b"",
+    "not json": b"student: teacher",
+    "not text": b"\xff\xfe\x00",
+    "cut off": b'{"format": 1, "pairs": [{"student_layer": 1,',
+    "a list": b'[{"student_layer": 1, "teacher_layer": 1}]',
+    "a number": b"7",
+    "nested too deep": b"[" * 100_000,
+    "no pairs": b'{"format": 1}',
+    "pairs is a number": b'{"format": 1, "pairs": 3}',
+    "pairs of lists": b'{"format": 1, "pairs": [[1, 1]]}',
+    "no teacher layer": b'{"format": 1, "pairs": [{"student_layer": 1}]}',
+    "a fraction": b'{"format": 1, "pairs": [{"student_layer": 1.0, "teacher_layer": 1}]}',
+    "a truth": b'{"format": 1, "pairs": [{"student_layer": true, "teacher_layer": 1}]}',
+    "text": b'{"format": 1, "pairs": [{"student_layer": "1", "teacher_layer": 1}]}',
+    "twice": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1}, {"student_layer": 1, "teacher_layer": 2}]}',
+    "score is text": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1, "score": "high"}]}',
+    "score is no number": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1, "score": NaN}]}',
+    "score is infinite": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1, "score": 1e999}]}',
+    "score is a giant": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1, "score": 1'
+    + b"0" * 400
+    + b"}]}",
+    "score is a truth": b'{"format": 1, "pairs": [{"student_layer": 1, "teacher_layer": 1, "score": true}]}',
+    "another format": b'{"format": 2, "pairs": [{"student_layer": 1, "teacher_layer": 1}]}',
+    "no format": b'{"pairs": [{"student_layer": 1, "teacher_layer": 1}]}',
+}
+
+
+@pytest.mark.parametrize("content", BAD_MAPS)
+def test_a_file_that_is_no_map(tmp_path: Path, content: str) -> None:
+    """One line with the key, the file and how to make one."""
+    path = tmp_path / "map.json"
+    path.write_bytes(BAD_MAPS[content])
+    assert refusal(tmp_path, layer_map=path) == (
+        "distill.layer_map: /map.json: not a layer map; make it with `oprd bridge map`"
+    )
+
+
+def test_no_map_file(tmp_path: Path) -> None:
+    """Nothing there, or a directory."""
+    assert "/map.json: No such file or directory; give proportional" in refusal(
+        tmp_path, layer_map=tmp_path / "map.json"
+    )
+    assert "Is a directory" in refusal(tmp_path, layer_map=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        ([(5, 1)], "student layer 5 is out of range; the student has layers 1 to 4"),
+        ([(0, 1)], "student layer 0 is out of range"),
+        ([(1, 7)], "teacher layer 7 is out of range; the teacher has layers 1 to 6"),
+        ([(1, -1)], "teacher layer -1 is out of range"),
+        ([(1, 10**30)], "is out of range"),
+        ([], "no pairs"),
+    ],
+    ids=str,
+)
+def test_a_map_of_other_models(tmp_path: Path, pairs: list[tuple[int, int]], says: str) -> None:
+    """Layers that are not there, also where `layers` does not select them."""
+    assert says in refusal(tmp_path, layer_map=measured(tmp_path, pairs))
+    if pairs:
+        path = measured(tmp_path, [*pairs, (2, 2)])
+        assert says in refusal(tmp_path, layer_map=path, layers=[2])
+
+
+def test_monotone_map(tmp_path: Path) -> None:
+    """Crossing pairs are refused, in a file and in the config, if asked for; ties are not crossings, and only what is
+    supervised counts."""
+    crossing = [(1, 3), (2, 5), (3, 4)]
+    says = "is not monotone: student layer 2 learns from teacher layer 5, but layer 3 from 4"
+    path = measured(tmp_path, crossing)
+    for layer_map in (path, dict(crossing)):
+        assert says in refusal(tmp_path, layer_map=layer_map, monotone_map=True)
+        assert len(resolve_layer_pairs(DistillConfig(layer_map=layer_map), 4, 6)) == 3
+        found = resolve_layer_pairs(DistillConfig(layer_map=layer_map, monotone_map=True, layers=[1, 3]), 4, 6)
+        assert found == [LayerPair(1, 3), LayerPair(3, 4)]
+    tied = DistillConfig(layer_map={1: 2, 2: 2, 4: 6}, monotone_map=True)
+    assert len(resolve_layer_pairs(tied, 4, 6)) == 3
+    assert len(resolve_layer_pairs(DistillConfig(monotone_map=True), 28, 9)) == 28

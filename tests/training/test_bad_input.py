@@ -131,7 +131,7 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
     ),
     "widths differ": (
         lambda v, _: remake(v, "teacher", hidden_size=64, ffn=128),
-        ["64 and 32", "bridge", "use a student of the teacher's width"],
+        ["64 and 32", "`oprd bridge fit`", "distill.mode: linear"],
     ),
     "student layer out of range": (
         lambda v, _: {**v, "distill": {"layers": [1, 5]}},
@@ -303,12 +303,12 @@ def run_on_a_full_disk(values: Values, max_bytes: int) -> str:
     """Train; while the third checkpoint is written no file may grow beyond `max_bytes`, as on a disk that is full."""
     save = oprd_megatron.loop.save_checkpoint
 
-    def save_on_full_disk(config: Any, student: Any, optimizer: Any, progress: Any, platform: Any) -> Path:
+    def save_on_full_disk(config: Any, student: Any, optimizer: Any, progress: Any, *others: Any) -> Path:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         if progress.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
         try:
-            return save(config, student, optimizer, progress, platform)
+            return save(config, student, optimizer, progress, *others)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 

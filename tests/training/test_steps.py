@@ -113,7 +113,7 @@ def test_a_teacher_of_itself(tmp_path: Path, layout: str, normalize: str) -> Non
 
 
 def step_zero_responses(values: dict[str, Any]) -> list[tuple[int, ...]]:
-    return [rollout.response_ids for rollout in make_trainer(values).rollouts(0)]
+    return [rollout.response_ids for rollout in make_trainer(values).text.rollouts(0)]
 
 
 def test_rollouts_do_not_depend_on_the_layout(values: dict[str, Any]) -> None:
