@@ -155,6 +155,7 @@ def save_checkpoint(
 def _save_bridge(bridge: Bridge, path: Path) -> None:
     try:
         save_file({name: part.cpu() for name, part in bridge.contiguous().items()}, path)
+        path.chmod(0o644)  # safetensors lets the owner alone read
     except SafetensorError as error:
         raise CheckpointError(f"{path}: cannot write the bridge ({_first_line(error)}); free disk space") from None
 

@@ -147,6 +147,7 @@ def write_bridge(path: Path, bridge: Bridge, info: BridgeInfo, overwrite: bool =
     staging = path.with_name(f".{path.name}.incomplete")
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, staging)
+        staging.chmod(0o644)  # safetensors lets the owner alone read
         with staging.open("rb") as file:
             os.fsync(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()

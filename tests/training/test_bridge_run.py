@@ -19,6 +19,7 @@ from oprd_megatron.bridge.artefact import BridgeInfo, HeldOut, RankScore, info_f
 from oprd_megatron.bridge.stage1 import fit
 from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import parse_config
+from oprd_megatron.errors import CheckpointError
 from oprd_megatron.evaluate import evaluate
 from oprd_megatron.exporting import export_checkpoint
 from oprd_megatron.platform import select_platform
@@ -211,6 +212,17 @@ def test_eval_takes_the_checkpoint_s_bridge(refitted: tuple[Values, Path, Path])
     assert other["layers"]["cosine"] != expected["layers"]["cosine"]
 
 
+def test_an_exported_student_is_scored_through_the_bridge(refitted: tuple[Values, Path, Path]) -> None:
+    """`oprd eval --weights RUN/student_hf`: a student that was trained through a bridge may be measured through it, though its
+    weights are no longer those that the bridge was fitted for; training from there is refused."""
+    values, whole, folder = refitted
+    exported = changed(values, student={"path": str(whole / "student_hf")})
+    found = scored(exported, folder / "exported.json", None)
+    assert found["kl"] == pytest.approx(train_records(whole, "eval")[-1]["kl"], rel=1e-5)
+    with pytest.raises(CheckpointError, match="differs in its weights"):
+        preflight(parse_config(changed(exported, run={"dir": str(folder / "new")}), "test"), 1)
+
+
 def test_eval_takes_trained_maps(tmp_path: Path) -> None:
     """The same with trained maps, in another layout than the run's."""
     values = {**wide_run(tmp_path), "distill": {"mode": "linear"}}
@@ -359,11 +371,12 @@ def test_layer_weights_move_over_a_run(tmp_path: Path, values: Values) -> None:
 
 
 def test_a_mlp_run(tmp_path: Path) -> None:
-    """An MLP's run trains and says nothing of what it sees; its checkpoint has all four parts."""
+    """An MLP's run trains and says nothing of what it sees; its checkpoint has all four parts, also after a refit."""
     values = {**with_bridge(wide_run(tmp_path), tmp_path, is_mlp=True), "eval": None}
-    run_dir = train_run(changed(values, optimizer={"lr": 3e-3}, run={"steps": 4}))
+    values["bridge"] = {"refit_every": 4, "epochs": 2, "mlp_width": 16}
+    run_dir = train_run(changed(values, optimizer={"lr": 3e-3}, run={"steps": 5}))
     records = train_records(run_dir)
-    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[3]["loss"] < records[0]["loss"] and records[4]["refitted"]
     assert all("inside" not in record and "inside" not in record["layers"] for record in records)
     held = load_file(latest_checkpoint(run_dir) / "bridge.safetensors")  # type: ignore[operator]
     assert {name.partition(".1.")[2] for name in held if name.startswith("student.1.")} == {
