@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from oprd_megatron.config.schema import DistillConfig, LayerWeights
+from oprd_megatron.config.distill import DistillConfig, LayerWeights
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.representation.layer_map import LayerPair
 
