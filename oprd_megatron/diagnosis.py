@@ -31,12 +31,12 @@ from oprd_megatron.models.spec import has_transformer_engine
 from oprd_megatron.optimizer import build_optimizer, stream_gradients
 from oprd_megatron.parallel import GridLayout, resolve_layout, tp_divisible
 from oprd_megatron.parallel.heartbeat import heartbeat
+from oprd_megatron.placing import place_model
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.rollout import Rollout
-from oprd_megatron.trainer import place_model
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 16, 16
 """Of each sample of the checks."""

@@ -31,12 +31,12 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     from oprd_megatron.evaluation.held_out import HeldOut
     from oprd_megatron.logging import write_atomically
     from oprd_megatron.parallel.heartbeat import heartbeat
+    from oprd_megatron.placing import build_models
     from oprd_megatron.platform import init_distributed, select_platform
     from oprd_megatron.preflight import preflight
     from oprd_megatron.representation.space import build_space, resume_bridge
     from oprd_megatron.rollout.build import build_engine
     from oprd_megatron.rollout.weight_sync import sync_weights
-    from oprd_megatron.trainer import build_models
 
     if config.eval is None:
         raise ConfigError("eval: the config has no eval section; add eval.prompts.path")

@@ -27,10 +27,11 @@ from oprd_megatron.logging import (
 from oprd_megatron.logging.memory import world_peak_memory_bytes
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import CONFIG_FILE, Checked, preflight
 from oprd_megatron.representation.space import LowRank, Space, build_space, resume_bridge
-from oprd_megatron.trainer import Trainer, build_models, export_student
+from oprd_megatron.trainer import Trainer, export_student
 
 messages = logging.getLogger(__name__)
 

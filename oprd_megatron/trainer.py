@@ -16,17 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoints_conversion import Architecture
 from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.bridge.fit import Stage1
-from oprd_megatron.config.schema import ModelConfig, StudentConfig
 from oprd_megatron.errors import TrainingDiverged
-from oprd_megatron.models import DTYPES, Model, build_model
+from oprd_megatron.models import DTYPES, Model
 from oprd_megatron.objectives.opd import OPD
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
-from oprd_megatron.parallel import GridLayout
 from oprd_megatron.parallel.agreement import together
-from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment, AlignmentReport
@@ -38,40 +34,6 @@ from oprd_megatron.rollout import Rollout
 from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
-
-
-def build_models(checked: Checked, platform: Platform) -> tuple[Model, Model]:
-    """Teacher (frozen) and student on their grids, weights loaded. Collective."""
-    config = checked.config
-    teacher = place_model(checked, config.teacher, checked.teacher, checked.teacher_layout, platform, frozen=True)
-    return teacher, place_model(
-        checked, config.student, checked.student, checked.student_layout, platform, frozen=False
-    )
-
-
-def place_model(
-    checked: Checked,
-    section: ModelConfig,
-    architecture: Architecture,
-    layout: GridLayout,
-    platform: Platform,
-    frozen: bool,
-) -> Model:
-    """One model of a run on a grid of its own. Collective. Vocabularies are padded alike, whichever model it is, unless they
-    are of different tokenizers."""
-    with platform.scope():
-        grid = build_grid(layout)
-        init_mcore_globals(checked.config.run.seed, grid.coords.tp if grid.is_member else 0)
-    return build_model(
-        architecture,
-        grid,
-        platform,
-        dtype=DTYPES[section.dtype],
-        hf_dir=section.path,
-        frozen=frozen,
-        vocab_size=0 if checked.two_tokenizers else max(checked.teacher.vocab_size, checked.student.vocab_size),
-        recompute=section.recompute if isinstance(section, StudentConfig) else None,
-    )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from oprd_megatron import diagnosis, trainer
+from oprd_megatron import diagnosis, placing
 from oprd_megatron.config import parse_config
 from oprd_megatron.models import Model
 from oprd_megatron.platform import select_platform
@@ -22,7 +22,7 @@ from tests.training.runs import with_layout
 def check(values: dict[str, Any], breakage: str | None = None) -> list[tuple[str, str, str]]:
     """(check, verdict, detail) of each finding on this rank, with something broken."""
     if breakage == "gradient":
-        build = trainer.build_model
+        build = placing.build_model
 
         def build_wrong(*args: Any, **kwargs: Any) -> Model:
             model = build(*args, **kwargs)
@@ -30,7 +30,7 @@ def check(values: dict[str, Any], breakage: str | None = None) -> list[tuple[str
                 model.chunks[0].decoder.layers[0].mlp.linear_fc2.weight.data.mul_(1.01)
             return model
 
-        trainer.build_model = build_wrong
+        placing.build_model = build_wrong
     if breakage == "bytes":
         Delivery.post = lambda self, post=Delivery.post: (post(self), setattr(self, "sent_bytes", self.sent_bytes + 1))
     if breakage == "versions" and dist.get_rank() == 1:

@@ -30,6 +30,7 @@ from oprd_megatron.logging import write_atomically
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.batch import BatchPlan, Chunk
@@ -38,7 +39,6 @@ from oprd_megatron.representation.flow import Forward, Passes, StateFlow
 from oprd_megatron.representation.layer_map import LayerPair, proportional_layer
 from oprd_megatron.representation.listener import PairedRows
 from oprd_megatron.representation.wire import Wire
-from oprd_megatron.trainer import build_models
 
 
 def measure_map(config: RunConfig, out: Path) -> None:

@@ -16,10 +16,10 @@ from oprd_megatron.bridge.measure import HeldOutFigures, measure
 from oprd_megatron.bridge.rows import split_rows
 from oprd_megatron.bridge.stage1 import without_bridge
 from oprd_megatron.config import RunConfig, parse_config
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
 from oprd_megatron.representation.bridge import Bridge
-from oprd_megatron.trainer import build_models
 from tests.bridge.stage1_reference import RANKS, pair_run, ragged_batches
 from tests.parity.cases import parse
 

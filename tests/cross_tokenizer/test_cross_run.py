@@ -25,11 +25,12 @@ from oprd_megatron.errors import DataError, UserError
 from oprd_megatron.evaluation.comparison import before_after_table, eval_table
 from oprd_megatron.evaluation.held_out import HeldOut, evaluate
 from oprd_megatron.evaluation.report import write_report
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.rollout import Rollout
-from oprd_megatron.trainer import Trainer, build_models
+from oprd_megatron.trainer import Trainer
 from tests.cross_tokenizer.cross_runs import (
     Pair,
     chosen,

@@ -14,6 +14,7 @@ import oprd_megatron.objectives.final_states
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.evaluation.held_out import HeldOut, evaluate
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
 from oprd_megatron.representation.alignment import Alignment
@@ -22,7 +23,6 @@ from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.positions import supervised_positions
 from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.weight_sync import sync_weights
-from oprd_megatron.trainer import build_models
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
 from tests.training.runs import changed, with_layout

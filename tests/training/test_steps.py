@@ -17,9 +17,10 @@ from oprd_megatron.config.schema import DistillConfig, ParallelConfig
 from oprd_megatron.errors import TrainingDiverged, UserError
 from oprd_megatron.models import Model
 from oprd_megatron.optimizer import StudentOptimizer
+from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
-from oprd_megatron.trainer import Trainer, build_models
+from oprd_megatron.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.representation.test_gradients import LAYOUTS, VOCAB, build, samples, sharded_gradients
 from tests.tiny_models import tiny_hf_model
