@@ -108,12 +108,7 @@ class Trainer:
         passes = Passes(train=True, chunks=self.optimizer.chunks if self.optimizer else None, phase=phase)
         output = None if self.opd is None else self.opd.of_batch(plan)
         if output is not None:
-            passes = replace(
-                passes,
-                on_teacher_output=output.on_teacher_output,
-                on_student_output=output.on_student_output,
-                between=output.between,
-            )
+            passes = output.join(passes)
         sums = self.alignment.run(plan, passes)
         report = self.alignment.reduce(sums)
         kl = None if output is None else output.mean_kl()
@@ -141,15 +136,7 @@ class Trainer:
             **({} if report.inside is None else {"inside": sum(report.inside) / len(report.inside)}),
             **({} if self.samples.aligned_fraction is None else {"aligned_fraction": self.samples.aligned_fraction}),
             **({"refitted": True} if refitted else {}),
-            "layers": {
-                "student": report.student_layers,
-                "teacher": report.teacher_layers,
-                "loss": report.layer_loss,
-                "cosine": report.cosine,
-                "mse": report.mse,
-                "norm_ratio": report.norm_ratio,
-                **({} if report.inside is None else {"inside": report.inside}),
-            },
+            "layers": report.by_layer(),
         }
 
     def update(self) -> tuple[float, float]:

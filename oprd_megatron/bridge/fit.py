@@ -235,10 +235,10 @@ class FiniteWatch:
 
     Args:
         model: whose states: teacher or student.
-        config: of the run, to say which prompt it was; left out, the token's number in its chunk is named.
+        config: of the run, to say which prompt it was.
     """
 
-    def __init__(self, model: str, config: RunConfig | None = None) -> None:
+    def __init__(self, model: str, config: RunConfig) -> None:
         self.model, self.config, self.found = model, config, ""
 
     def look(
@@ -252,8 +252,6 @@ class FiniteWatch:
         self.found = f"{self.model} layer {layer}, {self._place(token, plan, chunk or plan.chunks[0])}"
 
     def _place(self, token: int, plan: BatchPlan, chunk: Chunk) -> str:
-        if self.config is None:
-            return f"token {token} of {plan.num_tokens} of {len(chunk.samples)} samples"
         positions = [sample.positions(self.config.distill)[self.model != "teacher"] for sample in chunk.samples]
         starts = np.cumsum([0, *map(len, positions)])
         number = int(np.searchsorted(starts, token, side="right")) - 1

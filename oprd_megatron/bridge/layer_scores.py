@@ -93,11 +93,6 @@ def projection(width: int, num_directions: int, seed: int) -> Tensor:
     return orthonormal * upper.diagonal().sign()
 
 
-def updates(states: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """{layer: h_l - h_{l-1}} of every layer whose input is there; layer 0 is the embedding. States [N, k] -> [N, k]."""
-    return {layer: states[layer] - states[layer - 1] for layer in sorted(states) if layer - 1 in states}
-
-
 class PairMoments:
     """Sums over rows of the student's and the teacher's updates, all pairs of layers; float64.
 
@@ -154,12 +149,6 @@ class PairMoments:
             self.teacher_self,
             self.cross,
         ]
-
-    def merge(self, other: PairMoments) -> None:
-        """Add another part's sums, of the same layers and widths."""
-        assert (self.student_layers, self.teacher_layers) == (other.student_layers, other.teacher_layers)
-        for mine, others in zip(self.tensors(), other.tensors(), strict=True):
-            mine += others
 
     def centred(self, student_mean: Tensor, teacher_mean: Tensor) -> tuple[Tensor, Tensor]:
         """Covariances [L_S, k_S, k_S], [L_T, k_T, k_T] about the given means [L, k] (not about these rows' own)."""

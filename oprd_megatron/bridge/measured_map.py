@@ -84,7 +84,7 @@ def score_pairs(
     parts = []
     for what, batches in (("layers", rows.train), ("held-out rows", rows.held_out)):
         moments = PairMoments(here or [1], range(1, depths[0] + 1), maps[1].size(1), maps[0].size(1), platform.device)
-        watch = FiniteWatch("student")
+        watch = FiniteWatch("student", config)
         for samples in watched(batches, what, config):
             plan = flow.plan(samples)
             listener = _Listener(moments, here, maps, watch, plan, student, platform)

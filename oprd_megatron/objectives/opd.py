@@ -8,6 +8,8 @@ these would have to be exchanged.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 
@@ -16,6 +18,7 @@ from oprd_megatron.models.schedule import OnOutput
 from oprd_megatron.objectives.final_states import TeacherFinals, teacher_head
 from oprd_megatron.objectives.reverse_kl import reverse_kl_rows, selected_rows
 from oprd_megatron.representation.batch import BatchPlan
+from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.rows import BlockRows, block_rows
 
 
@@ -55,6 +58,15 @@ class OPDBatch:
         self._blocks: dict[int, BlockRows] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._total = torch.zeros((), dtype=torch.float64)
+
+    def join(self, passes: Passes) -> Passes:
+        """The same passes with this term's callbacks."""
+        return replace(
+            passes,
+            on_teacher_output=self.on_teacher_output,
+            on_student_output=self.on_student_output,
+            between=self.between,
+        )
 
     def between(self, number: int) -> None:
         """Bring a chunk's teacher states to where the student's heads are. Collective."""

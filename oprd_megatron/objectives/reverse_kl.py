@@ -97,31 +97,6 @@ def reverse_kl_and_gradient(
     return divergence, difference.sub_(divergence.unsqueeze(-1)).mul_(probs)
 
 
-class VocabParallelReverseKL(torch.autograd.Function):
-    """`reverse_kl_and_gradient` as a differentiable function of logits [n, V_local]: [n] fp32. Keeps one [n, V_local] fp32.
-
-    Forward: three all-reduces of n numbers. Backward: no collectives; it expects the same gradient [n] on all ranks.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        teacher_log_probs: torch.Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup,
-    ) -> torch.Tensor:
-        divergence, gradient = reverse_kl_and_gradient(logits, teacher_log_probs, vocab_size, group)
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
-        return divergence
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        (by_logits,) = ctx.saved_tensors
-        return (gradient.unsqueeze(-1) * by_logits).to(ctx.dtype), None, None, None
-
-
 def reverse_kl_rows(
     rows: torch.Tensor,
     head: torch.Tensor,

@@ -58,6 +58,18 @@ class AlignmentReport:
     def mean_cosine(self) -> float:
         return sum(self.cosine) / len(self.cosine)
 
+    def by_layer(self) -> dict[str, list[int] | list[float]]:
+        """The `layers` of a run's records."""
+        return {
+            "student": self.student_layers,
+            "teacher": self.teacher_layers,
+            "loss": self.layer_loss,
+            "cosine": self.cosine,
+            "mse": self.mse,
+            "norm_ratio": self.norm_ratio,
+            **({} if self.inside is None else {"inside": self.inside}),
+        }
+
 
 class Alignment:
     """The representation loss between a frozen teacher and a student, whatever their layouts.

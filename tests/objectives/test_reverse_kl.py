@@ -19,7 +19,7 @@ from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.models import Model, build_model
 from oprd_megatron.models.schedule import no_output_loss, run_schedule
 from oprd_megatron.objectives.final_states import FinalStates
-from oprd_megatron.objectives.reverse_kl import VocabParallelReverseKL, reverse_kl_rows, selected_rows
+from oprd_megatron.objectives.reverse_kl import reverse_kl_and_gradient, reverse_kl_rows, selected_rows
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_log_softmax
 from oprd_megatron.optimizer import _finalize_without_rescaling
 from oprd_megatron.parallel import Coords, resolve_layout, tp_divisible
@@ -195,9 +195,8 @@ def on_logits() -> dict[str, torch.Tensor]:
     group = dist.group.WORLD
     logits, teacher, coefficients = peaked_logits()
     shard, targets = (z.chunk(group.size(), -1)[group.rank()].clone() for z in (logits, teacher))
-    kl = VocabParallelReverseKL.apply(shard.requires_grad_(), vocab_parallel_log_softmax(targets, 60, group), 60, group)
-    (kl * coefficients).sum().backward()
-    return {"kl": kl.detach(), "logits": shard.grad}
+    kl, gradient = reverse_kl_and_gradient(shard, vocab_parallel_log_softmax(targets, 60, group), 60, group)
+    return {"kl": kl, "logits": coefficients.unsqueeze(-1) * gradient}
 
 
 def peaked_logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
