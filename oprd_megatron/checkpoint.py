@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.models import Model
@@ -111,9 +112,10 @@ def save_checkpoint(
     progress: Progress,
     platform: Platform,
     bridge: Bridge | None = None,
+    average: AveragedTeacher | None = None,
 ) -> Path:
-    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student, `bridge` where
-    the run has none.
+    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student, `bridge` and
+    `average` where the run has none.
 
     Raises:
         CheckpointError, UserError: the disk is full or read-only; the previous checkpoint is untouched.
@@ -127,6 +129,8 @@ def save_checkpoint(
             staging.mkdir(parents=True)
     with platform.scope(), as_parallel_state(student.grid):
         state = _student_state(student, optimizer, is_loading=False)
+        if average is not None:
+            state |= average.sharded_state()
         _share_common(state, student)
         state.update(
             iteration=progress.step,
@@ -160,16 +164,27 @@ def _save_bridge(bridge: Bridge, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot write the bridge ({_first_line(error)}); free disk space") from None
 
 
-def load_checkpoint(path: Path, student: Model, optimizer: StudentOptimizer | None, platform: Platform) -> Progress:
-    """Read a checkpoint into the student and its optimizer, whatever layout wrote it. Collective over the world;
-    `optimizer` is None on ranks without a student.
+def load_checkpoint(
+    path: Path,
+    student: Model,
+    optimizer: StudentOptimizer | None,
+    platform: Platform,
+    average: AveragedTeacher | None = None,
+) -> Progress:
+    """Read a checkpoint into the student, its optimizer and its averaged teacher, if it has one, whatever layout wrote it.
+    Collective over the world; `optimizer` is None on ranks without a student.
 
     Raises:
         CheckpointError: torn or foreign; names the directory.
     """
     with platform.scope(), as_parallel_state(student.grid):
-        loaded = _read(path, _student_state(student, optimizer, is_loading=True))
+        state = _student_state(student, optimizer, is_loading=True)
+        if average is not None:
+            state |= average.sharded_state()
+        loaded = _read(path, state)
         _load_chunks(student, loaded)
+        if average is not None:
+            average.load(loaded)
         if optimizer is not None:
             optimizer.optimizer.load_state_dict(loaded["optimizer"])
             _separate_steps(optimizer)

@@ -196,11 +196,18 @@ def doctor(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> 
 
 
 @app.command("config")
-def show_config() -> None:
-    """List every key of a run's YAML with its type, default and meaning."""
+def show_config(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run.", show_default=False)] = None,
+    overrides: Overrides = None,
+) -> None:
+    """List every key of a run's YAML with its type, default and meaning; of a given run, print all settings as they come to.
+
+    Example: `oprd config examples/quickstart.yaml recipe=oprd_plus_opd`
+    """
+    from oprd_megatron.config import dump_config, load_config
     from oprd_megatron.config.describe import describe_config
 
-    typer.echo(describe_config())
+    typer.echo(describe_config() if config is None else dump_config(load_config(config, overrides or [])))
 
 
 def _student_weights(path: Path | None) -> tuple[list[str], list[str]]:

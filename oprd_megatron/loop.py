@@ -58,7 +58,7 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     trainer = Trainer(checked, teacher, student, platform, space)
     progress = Progress(step=0, weight_version=0)
     if checked.resume_from is not None:
-        progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform)
+        progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform, trainer.average)
         resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teacher, student)
     logger = open_run(config, progress, fresh=checked.resume_from is None)
     health = watch_bridge(config, space)
@@ -82,7 +82,7 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
             bridge = space.whole if isinstance(space, LowRank) else None
-            save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge)
+            save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge, trainer.average)
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:

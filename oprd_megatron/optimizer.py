@@ -19,7 +19,7 @@ from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.grid import as_world
 from oprd_megatron.platform import Platform
-from oprd_megatron.representation.space import add_over_tensor_parallel
+from oprd_megatron.representation.space import add_over_tensor_parallel, state_maps
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,17 @@ class StudentOptimizer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def grad_norm(self) -> float:
+        """Norm of the gradients as they are, over the whole model. Collective over the grid."""
+        with self.platform.scope():
+            self.optimizer.prepare_grads()
+            return float(self.optimizer.get_grad_norm())
+
     def step(self) -> float:
         """Advance the learning rate, clip, update. Returns the gradient norm before clipping, over the whole model."""
         with self.platform.scope():
             self.scheduler.step(increment=1)
-            norm = None if self.clip_grad else self.optimizer.get_grad_norm()
+            norm = None if self.clip_grad else self.grad_norm()
             _, clipped_norm, _ = self.optimizer.step()
         return float(clipped_norm if norm is None else norm)
 
@@ -59,12 +65,19 @@ class StudentOptimizer:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def first_bad_gradient(self) -> str | None:
-        """Where on this rank a gradient is not finite ("student layer 3, mlp.linear_fc2.weight"), None if nowhere."""
-        for name, parameter in canonical_parameters([chunk.module for chunk in self.chunks]).items():
-            if parameter.requires_grad and not torch.isfinite(parameter.main_grad).all():  # type: ignore[attr-defined]
+        """Where on this rank a gradient is not finite ("student layer 3, mlp.linear_fc2.weight", "student layer 3, state map"),
+        None if nowhere."""
+        models = [chunk.module for chunk in self.chunks]
+        for name, parameter in canonical_parameters(models).items():
+            if _is_bad(parameter):
                 layer = re.match(r"decoder\.layers\.(\d+)\.(.+)", name)
                 return f"student layer {int(layer[1]) + 1}, {layer[2]}" if layer else name
-        return None
+        maps = [item for model in models for item in state_maps(model).items()]
+        return next((f"student layer {layer}, state map" for layer, weight in maps if _is_bad(weight)), None)
+
+
+def _is_bad(parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad and not torch.isfinite(parameter.main_grad).all()  # type: ignore[attr-defined]
 
 
 def build_optimizer(

@@ -45,7 +45,7 @@ CONFIG_FILE = "config.yaml"
 
 BYTES_ON_DISK_PER_PARAMETER = 16
 
-IDENTITY = ("run.seed", "teacher.path", "student.path", "rollout.prompts", "distill")
+IDENTITY = ("run.seed", "teacher.path", "teacher.ema_decay", "student.path", "rollout.prompts", "distill", "output")
 """What makes two configs the same run."""
 
 
@@ -128,11 +128,9 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     layer_weights(config.distill, pairs)
     teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
-    if config.distill.opd_coefficient and teacher_layout.ranks != student_layout.ranks:
-        raise ConfigError(
-            "distill.opd_coefficient: OPD needs both models on the same ranks; leave teacher.parallel.ranks and "
-            "student.parallel.ranks out, or set it to 0"
-        )
+    if config.teacher.ema_decay is not None:
+        _check_average(teacher, student, teacher_layout, student_layout)
+    _check_terms(config, min(teacher.vocab_size, student.vocab_size))
     check_budget(planner(config, pairs, teacher, teacher_layout, student_layout), config)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
@@ -167,6 +165,33 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         held_out,
         resume_from,
     )
+
+
+def _check_average(
+    teacher: Architecture, student: Architecture, teacher_layout: GridLayout, student_layout: GridLayout
+) -> None:
+    if teacher != student:
+        raise ConfigError(
+            "teacher.ema_decay: the teacher is to be an average of the student, but their architectures differ; give both the "
+            "same path, or leave ema_decay out"
+        )
+    if teacher_layout != student_layout:
+        raise ConfigError(
+            "teacher.ema_decay: teacher and student need the same layout, so that each rank averages its own share; make "
+            "teacher.parallel and student.parallel equal"
+        )
+
+
+def _check_terms(config: RunConfig, vocab_size: int) -> None:
+    """`vocab_size`: ids that both models have."""
+    for term in config.output.terms:
+        if term.kind == "topk" and term.k > vocab_size:
+            raise ConfigError(
+                f"output.terms: {term.label} wants the top {term.k} of {vocab_size} ids that both models have; lower k"
+            )
+        if term.kind == "sampled" and config.rollout.top_p < 1:
+            logger.warning("output.terms: %s is not an unbiased estimate with rollout.top_p %g below 1", term.label,
+                           config.rollout.top_p)  # fmt: skip
 
 
 def _check_bridge(
@@ -210,9 +235,7 @@ def _models(config: RunConfig) -> dict[str, ModelConfig]:
 def _check_run_dir(config: RunConfig) -> Path | None:
     """The checkpoint to resume from; also refuses a run directory that cannot be written."""
     folder = config.run.dir
-    existing = _existing_parent(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir: {existing} is not a directory that can be written; choose another run.dir")
+    check_writable(folder, "run.dir")
     _refuse_another_run(config)
     newest = latest_checkpoint(folder)
     if newest is not None and config.checkpoint.resume == "never":
@@ -220,6 +243,21 @@ def _check_run_dir(config: RunConfig) -> Path | None:
             f"run.dir: {folder} already holds {newest.name}; set checkpoint.resume: auto to continue, or use another run.dir"
         )
     return newest
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """`folder` can be written, or made.
+
+    Args:
+        folder: where results will go.
+        key: of the config or the command line, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    existing = _existing_parent(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {existing} is not a directory that can be written; choose another {key}")
 
 
 def _check_disk(config: RunConfig, student: Architecture) -> None:

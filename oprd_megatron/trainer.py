@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion.live.export import export_hf
+from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
 from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.models import DTYPES, Model
-from oprd_megatron.objectives.opd import OPD
+from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment, AlignmentReport
-from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.batch import BatchPlan, Sample
 from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
 from oprd_megatron.representation.space import LowRank, Space
@@ -66,6 +67,9 @@ class Trainer:
     ) -> None:
         config = checked.config
         self.config, self.platform, self.student = config, platform, student
+        self.output: OutputLoss | None = None
+        if config.output.terms:
+            self.output = OutputLoss(teacher, student, config.output, platform.device)
         self.alignment = Alignment(
             teacher,
             student,
@@ -74,14 +78,15 @@ class Trainer:
             config.run.micro_batch_size,
             config.run.micro_batch_tokens,
             space,
+            signal=self.output.signal if self.output else None,
         )
         self.optimizer: StudentOptimizer | None = None  # stays None on ranks of the teacher alone
         if student.grid.is_member:
-            trains_head = config.distill.opd_coefficient > 0
+            trains_head = bool(config.output.terms)
             self.optimizer = build_optimizer(student, config.optimizer, config.run.steps, platform, trains_head)
-        self.opd: OPD | None = None
-        if config.distill.opd_coefficient:
-            self.opd = OPD(teacher, student, config.distill.opd_coefficient, platform.device)
+        self.average: AveragedTeacher | None = None
+        if config.teacher.ema_decay is not None:
+            self.average = AveragedTeacher(teacher, student, config.teacher.ema_decay)
         self.samples = checked.sample_maker(checked.prompts)
         self.engine = build_engine(config, config.student, student.grid.layout, platform)
         self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
@@ -101,27 +106,26 @@ class Trainer:
             rollouts = self.text.rollouts(step)
         samples = self.samples.of_student(rollouts)
         refitted = self.refit(step, samples)
-        self.alignment.advance(step / max(1, self.config.run.steps - 1))
+        progress = step / max(1, self.config.run.steps - 1)
+        self.alignment.advance(progress)
+        weights = self.output.weights(progress) if self.output else {}
         plan = self.alignment.plan(samples)
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-        passes = Passes(train=True, chunks=self.optimizer.chunks if self.optimizer else None, phase=phase)
-        output = None if self.opd is None else self.opd.of_batch(plan)
-        if output is not None:
-            passes = output.join(passes)
-        sums = self.alignment.run(plan, passes)
-        report = self.alignment.reduce(sums)
-        kl = None if output is None else output.mean_kl()
-        _stop_on_bad_loss(step + 1, report, sums)
+        every = self.config.logging.gradient_norms_every
+        norms = self.gradient_norms(step, plan, weights) if every and step % every == 0 else None
+        report, terms = self.forward_backward(step, plan, weights, phase)
         with phase("optimizer"):
             grad_norm, lr = self.update()
+            if self.average is not None:
+                self.average.update()
         _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
+        aligned = {"oprd": self.alignment.coefficient} if self.alignment.pairs else {}
         return {
             "kind": "train",
             "step": step + 1,
-            "loss": report.loss + self.config.distill.opd_coefficient * (kl or 0.0),
-            **({} if kl is None else {"reverse_kl": kl}),
+            "loss": report.loss + sum(weights[name] * value for name, value in terms.items()),
+            **({"terms": terms, "weights": {**aligned, **weights}} if terms else {}),
+            **({} if norms is None else {"gradient_norms": norms}),
             "cosine": report.mean_cosine,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -136,17 +140,56 @@ class Trainer:
             **({} if report.inside is None else {"inside": sum(report.inside) / len(report.inside)}),
             **({} if self.samples.aligned_fraction is None else {"aligned_fraction": self.samples.aligned_fraction}),
             **({"refitted": True} if refitted else {}),
-            "layers": report.by_layer(),
+            **({"layers": report.by_layer()} if report.student_layers else {}),
         }
+
+    def forward_backward(
+        self, step: int, plan: BatchPlan, weights: Mapping[str, float], phase: Phases
+    ) -> tuple[AlignmentReport, dict[str, float]]:
+        """Gradients of the whole loss into the student's buffers. Returns what was measured of the states, and each output
+        term's mean. Collective.
+
+        Raises:
+            TrainingDiverged: some part of the loss is not finite.
+        """
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        output = self.output.of_batch(plan, weights) if self.output else None
+        passes = Passes(
+            train=True,
+            chunks=self.optimizer.chunks if self.optimizer else None,
+            on_outputs=output.on_outputs if output else None,
+            phase=phase,
+        )
+        sums = self.alignment.run(plan, passes)
+        report, terms = self.alignment.reduce(sums), output.means() if output else {}
+        _stop_on_bad_loss(step + 1, report, sums, terms)
+        return report, terms
+
+    def gradient_norms(self, step: int, plan: BatchPlan, weights: Mapping[str, float]) -> dict[str, float]:
+        """Norm of each term's own gradient, with its weight: the representation loss's is called oprd. Collective; one pass of
+        both models for each term."""
+        coefficient, phase = self.alignment.coefficient, Phases(self.platform)
+        norms = {}
+        for name in [*(["oprd"] if self.alignment.pairs else []), *weights]:
+            self.alignment.coefficient = coefficient if name == "oprd" else 0.0
+            self.forward_backward(
+                step, plan, {term: weight * (term == name) for term, weight in weights.items()}, phase
+            )
+            norms[name] = self.on_every_rank(self.optimizer.grad_norm() if self.optimizer else 0.0)[0]
+        self.alignment.coefficient = coefficient
+        return norms
+
+    def on_every_rank(self, *mine: float) -> list[float]:
+        """Numbers of the student's first rank. Collective."""
+        values = torch.tensor(mine, dtype=torch.float64, device=self.platform.device)
+        dist.broadcast(values, src=self.student.grid.layout.first_rank)
+        return values.tolist()
 
     def update(self) -> tuple[float, float]:
         """The optimizer's step. Returns (gradient norm before clipping, learning rate), on every rank. Collective."""
-        values = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
-        if self.optimizer is not None:
-            norm = self.optimizer.step()
-            values = values.new_tensor([norm, self.optimizer.lr])
-        dist.broadcast(values, src=self.student.grid.layout.first_rank)
-        grad_norm, lr = values.tolist()
+        values = [0.0, 0.0] if self.optimizer is None else [self.optimizer.step(), self.optimizer.lr]
+        grad_norm, lr = self.on_every_rank(*values)
         return grad_norm, lr
 
     def refit(self, step: int, samples: list[Sample]) -> bool:
@@ -214,8 +257,14 @@ def _throughput(rollouts: list[Rollout], seconds: float) -> dict[str, Any]:
     }
 
 
-def _stop_on_bad_loss(step: int, report: AlignmentReport, sums: dict[int, torch.Tensor]) -> None:
-    """Before the update: name the rank and layer of a loss that is not finite. `report` is the same on every rank."""
+def _stop_on_bad_loss(
+    step: int, report: AlignmentReport, sums: dict[int, torch.Tensor], terms: Mapping[str, float]
+) -> None:
+    """Before the update: name the term, or the rank and layer, of a loss that is not finite. `report` and `terms` are the
+    same on every rank."""
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            _stop(step, "loss", f"output term {name}")
     if math.isfinite(report.loss):
         return
     bad = [layer for layer, value in sorted(sums.items()) if not value[ALIGNMENT_FIELDS.index("loss")].isfinite()]

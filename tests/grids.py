@@ -84,6 +84,7 @@ class Case:
         lengths: (prompt, response) tokens of every sample.
         micro_batch_sizes: the teacher's, the student's.
         micro_batch_tokens: dynamic batching on both instead.
+        output_bytes: bytes that travel of the teacher's prediction of each response token; 0 if none do.
     """
 
     lengths: Sequence[tuple[int, int]]
@@ -92,6 +93,7 @@ class Case:
     micro_batch_sizes: tuple[int, int] = (1, 1)
     config: DistillConfig = field(default_factory=lambda: DistillConfig(positions="all"))
     micro_batch_tokens: int | None = None
+    output_bytes: int = 0
 
     @cached_property
     def positions(self) -> list[range]:
@@ -128,6 +130,18 @@ class Case:
         arrangement = arrange(lengths, layout, micro_batch_size, self.micro_batch_tokens)
         return Side(layout, lengths, arrangement, place_tokens(self.positions, arrangement, layout))
 
+    @cached_property
+    def outputs(self) -> Case:
+        """What travels of the teacher's predictions, as a case of its own: the states of the last layers that predict."""
+        last = {self.student_layout.num_layers: self.teacher_layout.num_layers}
+        config = DistillConfig(positions="all", position_anchor="predictor", layer_map=last)
+        return replace(self, config=config, output_bytes=0)
+
+    def held_bytes(self, state_bytes: int) -> dict[int, int]:
+        """{rank: bytes} of states and predictions."""
+        held = Counter(self.route.held_bytes(state_bytes))
+        return held + Counter(self.outputs.route.held_bytes(self.output_bytes)) if self.output_bytes else held
+
     @property
     def samples(self) -> list[Sample]:
         """The batch as rollouts; ids do not matter here."""
@@ -143,6 +157,8 @@ class Case:
             state_bytes,
             self.micro_batch_sizes[0],
             self.micro_batch_tokens,
+            predicted=predicted if self.output_bytes else None,
+            output_bytes=self.output_bytes,
         )
 
     def needed(self, rank: int) -> dict[tuple[int, int], list[int]]:
@@ -179,6 +195,11 @@ class Case:
             here = self.held(rank, layer)
             counts[layer] += sum(code not in here for code in codes)
         return counts.total()
+
+
+def predicted(sample: Sample) -> range:
+    """The response tokens of a sample that some state predicts: not the first one after an empty prompt."""
+    return range(0 if sample.prompt_ids else 1, len(sample.response_ids))
 
 
 def places(layout: GridLayout) -> list[Coords]:

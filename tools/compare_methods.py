@@ -7,9 +7,11 @@ stage starts from the student that the stage before exported. `map: true` measur
 name it `{map}`. `bridges: {ranks: [4, 8, ..]}` fits a bridge for it and cuts it to these ranks: `{bridge4}`, `{bridge8}`, ..
 All arms get the same prompts, rollouts a step and number of steps (a stage has its share of them).
 
-Finished runs are kept: start the same command again to go on. It writes OUT/results.json and OUT/results.md, and prints the
-table: held-out KL(teacher || student) and cosine per arm, mean and standard deviation over seeds. The cosine is measured in the
-space that the arm trains in (through its bridge or matrix), so only its change compares between arms.
+Finished runs are kept: start the same command again to go on. It writes OUT/results.json, OUT/results.md and OUT/results.png,
+and prints the table: held-out KL(teacher || student) and cosine per arm, mean and standard deviation over seeds. The cosine
+is measured in the space that the arm trains in (through its bridge or matrix), so only its change compares between arms. The
+plot shows KL over steps and over seconds of training (evaluations left out); seconds compare only if nothing else ran, and
+runs --at-once alike.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
 import yaml
 from tqdm import tqdm
 
@@ -55,6 +59,7 @@ def main() -> None:
     (arguments.out / "results.json").write_text(json.dumps({"seeds": arguments.seeds, "arms": results}, indent=1))
     text = table(results)
     (arguments.out / "results.md").write_text(text + "\n")
+    draw(results, arguments.out / "results.png")
     print(text)
 
 
@@ -98,27 +103,58 @@ def run_arm(
         settings += [f"run.export={'false' if is_last else 'true'}", *(text.format(**files) for text in overrides)]
         settings += [f"student.path={student}"] if student else []
         _call("train", str(base), *settings)
-        evals = [record for record in read_records(folder / METRICS_FILE) if record["kind"] == "eval"]
-        keep = ("step", "kl", "cross_entropy", "cosine", "tokens")
-        chosen = [{key: record[key] for key in keep} for record in evals]
-        records += chosen if number == 0 else chosen[1:]
+        step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
+        found = held_out(read_records(folder / METRICS_FILE), step, seconds)
+        records += found if number == 0 else found[1:]
         student = folder / "student_hf"
     return records
+
+
+def held_out(metrics: list[dict[str, Any]], step: int, seconds: float) -> list[dict[str, Any]]:
+    """The eval records of a stage that begins at `step` after `seconds` of training: what is compared of them."""
+    found = []
+    for record in metrics:
+        if record["kind"] == "train":
+            seconds += sum(record["seconds"].values())
+        if record["kind"] == "eval":
+            figures = {key: record[key] for key in ("kl", "cross_entropy", "cosine", "tokens")}
+            found.append({"step": step + record["step"], "seconds": seconds, **figures})
+    return found
 
 
 def table(results: dict[str, list[list[dict[str, Any]]]]) -> str:
     """Markdown: first and last held-out figures of every arm, mean +- standard deviation over seeds."""
     lines = [
-        "| arm | KL before | KL after | cross-entropy after | cosine before | cosine after |",
-        "|---|---|---|---|---|---|",
+        "| arm | KL before | KL after | cross-entropy before | after | cosine before | after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm, seeds in results.items():
         cells = []
-        for key, at in (("kl", 0), ("kl", -1), ("cross_entropy", -1), ("cosine", 0), ("cosine", -1)):
+        for key, at in [(key, at) for key in ("kl", "cross_entropy", "cosine") for at in (0, -1)]:
             values = [records[at][key] for records in seeds]
             cells.append("-" if None in values else _spread(values))
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def draw(results: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Held-out KL (cross-entropy between tokenizers) over steps and over seconds: mean of the seeds, and their standard
+    deviation as a band."""
+    key = "cross_entropy" if any(run[0]["kl"] is None for runs in results.values() for run in runs) else "kl"
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for arm, runs in results.items():
+        values = np.array([[record[key] for record in run] for run in runs])
+        mean, spread = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0.0
+        for axis, of in zip(axes, ("step", "seconds"), strict=True):
+            places = np.mean([[record[of] for record in run] for run in runs], axis=0)
+            (drawn,) = axis.plot(places, mean, marker="o", markersize=3, label=arm)
+            axis.fill_between(places, mean - spread, mean + spread, color=drawn.get_color(), alpha=0.15, linewidth=0)
+            axis.set(xlabel=of if of == "step" else "seconds of training")
+            axis.grid(alpha=0.2)
+    what = "KL(teacher || student)" if key == "kl" else "cross-entropy"
+    axes[0].set_ylabel(f"held-out {what}, nats a token")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def _spread(values: list[float]) -> str:

@@ -124,22 +124,21 @@ class BridgeInfo(Strict):
         return self
 
 
-def write_bridge(path: Path, bridge: Bridge, info: BridgeInfo, overwrite: bool = False) -> None:
+def write_bridge(path: Path, bridge: Bridge, info: BridgeInfo) -> None:
     """Write both files, the json last.
 
     Args:
         path: NAME.safetensors in an existing directory.
         bridge: fp32 tensors on any device; views of larger tensors are cut out.
         info: its `sha256` is not read.
-        overwrite: replace a bridge that is there.
 
     Raises:
         CheckpointError: a file is there already, a tensor does not fit `info` or is not finite, or the disk refuses.
     """
     info_path = info_file(path)
     for present in (path, info_path):
-        if present.exists() and not overwrite:
-            raise CheckpointError(f"{present}: is there already; choose another name, or allow it to be overwritten")
+        if present.exists():
+            raise CheckpointError(f"{present}: is there already; nothing is overwritten, choose another name")
     tensors = bridge.tensors()
     _check_tensors(path, {name: _described(tensor) for name, tensor in tensors.items()}, info, bridge.rank)
     for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ from oprd_megatron.bridge.artefact import BridgeInfo, write_bridge
 from oprd_megatron.bridge.authors import read_ps_bank
 from oprd_megatron.config import RunConfig
 from oprd_megatron.errors import CheckpointError
-from oprd_megatron.preflight import fingerprints
+from oprd_megatron.preflight import check_writable, fingerprints
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 
@@ -19,8 +19,10 @@ def import_ps_bank(source: Path, config: RunConfig, out: Path, first_layer: int)
     """Write the bridge, and say which layers it pairs. Its quality is not measured.
 
     Raises:
+        UserError: `out` cannot be written.
         CheckpointError: the file cannot be read, or is not for models of these widths and depths.
     """
+    check_writable(out.parent, "--out")
     teacher, student = check_model(config.teacher.path), check_model(config.student.path)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     bank = read_ps_bank(source, cast(Literal[0, 1], first_layer), pairs)
@@ -43,5 +45,6 @@ def import_ps_bank(source: Path, config: RunConfig, out: Path, first_layer: int)
             config, (teacher, student), (load_tokenizer(config.teacher.path), load_tokenizer(config.student.path))
         ),
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_bridge(out, bank.bridge, info)
     return bank.pairs

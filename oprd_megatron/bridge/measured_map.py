@@ -32,7 +32,7 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
-from oprd_megatron.preflight import Checked, preflight
+from oprd_megatron.preflight import Checked, check_writable, preflight
 from oprd_megatron.representation.batch import BatchPlan, Chunk
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.flow import Forward, Passes, StateFlow
@@ -46,6 +46,7 @@ def measure_map(config: RunConfig, out: Path) -> None:
     for path in (out, plot_file(out)):
         if path.exists():
             raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another --out")
+    check_writable(out.parent, "--out")
     platform = select_platform(config.run.device)
     anything = without_bridge(config)
     anything = anything.model_copy(

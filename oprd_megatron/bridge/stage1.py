@@ -24,7 +24,7 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
-from oprd_megatron.preflight import Checked, fingerprints, preflight
+from oprd_megatron.preflight import Checked, check_writable, fingerprints, preflight
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.rollout.build import build_engine
@@ -46,6 +46,7 @@ def fit(config: RunConfig, out: Path) -> None:
     for path in (out, info_file(out), plot_file(out)):
         if path.exists():
             raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another --out")
+    check_writable(out.parent, "--out")
     platform = select_platform(config.run.device)
     checked = preflight(without_bridge(config), int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
     check_fit(config, checked)

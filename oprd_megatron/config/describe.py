@@ -9,22 +9,30 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
+from oprd_megatron.config.base import kind_of, sections_in
+from oprd_megatron.config.recipes import RECIPES
 from oprd_megatron.config.schema import RunConfig
 
 
 def describe_config() -> str:
     """Every key, one paragraph each: `section.key: type = default`, then what it means."""
-    return "\n".join(_lines(RunConfig, ""))
+    text = "Settings to start from; what the file says itself goes first. `oprd config FILE` prints what they come to."
+    return "\n".join([f"recipe: {' | '.join(RECIPES)}\n    {text}", *_lines(RunConfig, "")])
 
 
 def _lines(section: type[BaseModel], prefix: str) -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
-        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+        nested = sections_in(field.annotation)
         text = " ".join((field.description or "").split())
-        if nested is not None:
-            lines += ["", f"# {prefix}{name}: {text}", *_lines(nested, f"{prefix}{name}.")]
+        if len(nested) == 1:
+            lines += ["", f"# {prefix}{name}: {text}", *_lines(nested[0], f"{prefix}{name}.")]
+        elif nested:
+            lines += [f"{prefix}{name}: list of {' | '.join(map(kind_of, nested))} = []\n    {text}"]
+            for kind in nested:
+                title = f"# {prefix}{name}[], kind: {kind_of(kind)}: {' '.join((kind.__doc__ or '').split())}"
+                lines += ["", title, *_lines(kind, f"{prefix}{name}[].")]
+            lines.append("")
         else:
             default = "" if field.default is PydanticUndefined else f" = {_shown(field.default)}"
             lines.append(f"{prefix}{name}: {_type(field.annotation)}{default}\n    {text}")

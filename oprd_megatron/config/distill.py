@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field, PositiveInt, model_validator
 
 from oprd_megatron.config.base import Fraction, NonNegative, Strict
+from oprd_megatron.config.schedule import Schedule
 
 LayerWeights = Literal["uniform", "depth", "score"] | list[NonNegative]
 
@@ -39,16 +40,13 @@ class DistillConfig(Strict):
     normalize: Literal["auto", "none", "l2"] = "auto"
     """none: raw mean squared error. l2: both vectors scaled to unit length first, which makes the loss about 1/width of its
     raw size. auto: l2 through a low-rank bridge (Eq. 14), none otherwise."""
-    coefficient: NonNegative = 1.0
-    """Factor on the representation loss; 0 only measures it."""
-    opd_coefficient: NonNegative = 0.0
-    """Factor on OPD, exact reverse KL over the vocabulary (Eq. 4), which is added (Eq. 7); 0 leaves it out. Needs both models
-    on the same ranks and one tokenizer."""
-    mode: Literal["auto", "identity", "low_rank", "low_rank_residual", "linear"] = "auto"
+    coefficient: Schedule = 1.0
+    """Factor on the representation loss: a number, or [[progress, factor], ..] to move along; 0 only measures it."""
+    mode: Literal["auto", "identity", "low_rank", "low_rank_residual", "linear", "none"] = "auto"
     """In which space states are compared. identity: as they are (equal widths). low_rank: both projected by the frozen bridge
     (Eq. 14). low_rank_residual: the same without its first bridge_head directions, which explain most. linear: the
-    student's through a matrix [d_T, d_S] for each layer that is trained with it. auto: low_rank with a bridge, or
-    identity."""
+    student's through a matrix [d_T, d_S] for each layer that is trained with it. none: not at all; output terms alone. auto:
+    low_rank with a bridge, or identity."""
     bridge: Path | None = None
     """Bridge (safetensors, from `oprd bridge fit`): frozen projections of both models' states into a common low-rank space,
     for models of different widths and for less traffic: the teacher's states are projected before they travel."""
@@ -70,7 +68,7 @@ class DistillConfig(Strict):
     """Where the states wait: device memory, or pinned host memory (slower; they then travel over gloo)."""
 
     @property
-    def space(self) -> Literal["identity", "low_rank", "low_rank_residual", "linear"]:
+    def space(self) -> Literal["identity", "low_rank", "low_rank_residual", "linear", "none"]:
         """`mode`, resolved."""
         return self.mode if self.mode != "auto" else "low_rank" if self.bridge else "identity"
 
@@ -81,14 +79,10 @@ class DistillConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> DistillConfig:
-        if self.mode in ("identity", "linear") and self.bridge is not None:
+        if self.mode in ("identity", "linear", "none") and self.bridge is not None:
             raise ValueError(f"mode: {self.mode} uses no bridge; leave distill.bridge out, or choose mode: low_rank")
         if (self.mode == "low_rank_residual") != bool(self.bridge_head):
             raise ValueError("mode: low_rank_residual and bridge_head: N (the directions it leaves out) go together")
-        if not self.coefficient and not self.opd_coefficient:
-            raise ValueError("coefficient and opd_coefficient are both 0: there is nothing to train on")
-        if self.opd_coefficient and self.cross_tokenizer:
-            raise ValueError("opd_coefficient needs one vocabulary; leave it at 0 with cross_tokenizer: true")
         if self.min_aligned and not self.cross_tokenizer:
             raise ValueError("min_aligned is for models with different tokenizers; set cross_tokenizer: true")
         return self

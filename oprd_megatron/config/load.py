@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from oprd_megatron.config.base import kind_of, sections_in
+from oprd_megatron.config.recipes import expand
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import ConfigError
 
@@ -61,7 +63,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:
-    """Check a nested dict; `source` is named in errors."""
+    """Check a nested dict, after its recipe is filled in; `source` is named in errors."""
+    values = expand(values, source)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -100,43 +103,38 @@ def _one_line(error: ValidationError) -> str:
     """
     errors = error.errors()
     unknown = next((item for item in errors if item["type"] == "extra_forbidden"), None)
-    same = [item for item in errors if _keys(item["loc"]) == _keys(errors[0]["loc"])]
-    # Among the members of a union the one that was meant got furthest.
-    first = unknown or max(same, key=lambda item: len(item["loc"]))
-    location = _keys(first["loc"])
+    same = [item for item in errors if _locate(item["loc"]) == _locate(errors[0]["loc"])]
+    # Among the members of a union the one that was meant got furthest, or reads well and says what else is wrong.
+    first = unknown or max(same, key=lambda item: (len(item["loc"]), item["type"] == "value_error"))
+    location, known = _locate(first["loc"])
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = list(_section(location[:-1]).model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"{key}: unknown key; did you mean {near[0]!r}? (known here: {', '.join(known)})"
     if first["type"] == "missing":
         return f"{key}: required, but not given"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}: needs a kind; see `oprd config`"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     return f"{key}: {message}{shown}" if key else message
 
 
-def _section(location: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
-    for name in location:
-        annotation: Any = section.model_fields[name].annotation
-        members = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(item for item in members if isinstance(item, type) and issubclass(item, BaseModel))
-    return section
-
-
-def _keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The leading part of a pydantic location that names config keys."""
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """(the leading part of a pydantic location that names config keys, keys that are known beside the last of them)."""
     keys: list[str] = []
-    section: Any = RunConfig
+    sections: list[type[BaseModel]] = [RunConfig]
+    known: list[str] = []
     for item in loc:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        if not sections:
             break
-        keys.append(str(item))
-        if item not in section.model_fields:
-            break
-        annotation: Any = section.model_fields[item].annotation
-        members = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
-    return keys
+        if isinstance(item, int):  # of a list of sections
+            keys[-1] += f"[{item}]"
+        elif len(sections) > 1:  # pydantic names which of them it is
+            sections = [section for section in sections if kind_of(section) == item]
+        else:
+            keys.append(item)
+            known = list(sections[0].model_fields)
+            sections = sections_in(sections[0].model_fields[item].annotation) if item in known else []
+    return keys, known

@@ -8,12 +8,15 @@ live where those are opened. Terms: B rollouts, T response tokens, L layers, d w
 from __future__ import annotations
 
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
+from oprd_megatron.config.output import OutputConfig
+from oprd_megatron.config.schedule import is_ever_on
 
 
 class ParallelConfig(Strict):
@@ -100,6 +103,14 @@ class ModelConfig(Strict):
     """Let tp split a head count it does not divide by adding attention heads that are zero and stay zero."""
 
 
+class TeacherConfig(ModelConfig):
+    """The teacher: a model that is not trained."""
+
+    ema_decay: DecayRate | None = None
+    """Self-distillation: after each step the teacher becomes ema_decay of itself and 1 - ema_decay of the student. Both need
+    one architecture and one layout. Left out, the teacher stays as it is."""
+
+
 class StudentConfig(ModelConfig):
     """The student: a model that is trained."""
 
@@ -115,6 +126,11 @@ class StudentConfig(ModelConfig):
         return self
 
 
+def template_fields(template: str) -> list[str]:
+    """Fields of a row that a template names: `answer` of {answer}, `reward_model` of {reward_model[ground_truth]}."""
+    return [name.split("[")[0].split(".")[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
+
+
 class PromptsConfig(Strict):
     """A file of prompts: .jsonl, .json (a list) or .parquet."""
 
@@ -128,6 +144,15 @@ class PromptsConfig(Strict):
     """Wrap the prompt in the tokenizer's chat template; false feeds the raw text."""
     max_tokens: PositiveInt = 1024
     """Prompts longer than this many tokens are left out (the number left out is logged)."""
+    teacher_template: str | None = None
+    """What the teacher reads instead of the prompt, for self-distillation with privileged text: {prompt} and any other field of
+    the row, such as {answer} or {reward_model[ground_truth]}. The response's tokens are the same for both."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptsConfig:
+        if self.teacher_template is not None and "prompt" not in template_fields(self.teacher_template):
+            raise ValueError("teacher_template: has no {prompt}, so the teacher would not see the question; put it in")
+        return self
 
 
 class RolloutConfig(Strict):
@@ -222,6 +247,9 @@ class LoggingConfig(Strict):
     """Also write TensorBoard event files to <run.dir>/tensorboard."""
     progress: bool = True
     """Progress bar on rank 0."""
+    gradient_norms_every: Annotated[int, Field(ge=0)] = 0
+    """Measure the gradient norm of each term of the loss by itself every so many steps; costs a pass of both models for each
+    term. 0 never."""
 
 
 class RunSection(Strict):
@@ -251,7 +279,7 @@ class RunConfig(Strict):
 
     run: RunSection
     """Directory, seed, steps."""
-    teacher: ModelConfig
+    teacher: TeacherConfig
     """The frozen model."""
     student: StudentConfig
     """The model that is trained."""
@@ -259,6 +287,8 @@ class RunConfig(Strict):
     """How the student's text is made."""
     distill: DistillConfig = DistillConfig()
     """What is aligned."""
+    output: OutputConfig = OutputConfig()
+    """Terms in output space."""
     bridge: BridgeConfig = BridgeConfig()
     """How a bridge is fitted, and watched."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -277,5 +307,23 @@ class RunConfig(Strict):
             raise ValueError(
                 f"rollout.prompts_per_step x responses_per_prompt = {rollouts} is not a multiple of "
                 f"run.micro_batch_size {self.run.micro_batch_size}"
+            )
+        aligned = self.distill.space != "none" and is_ever_on(self.distill.coefficient)
+        if not aligned and not self.output.terms:
+            raise ValueError(
+                "there is nothing to train on: distill aligns no states and output.terms is empty; set one of them"
+            )
+        if self.output.terms and self.distill.cross_tokenizer:
+            raise ValueError(
+                f"output.terms: {self.output.terms[0].label} needs one vocabulary, but distill.cross_tokenizer is true; leave "
+                "the terms out"
+            )
+        drawn = [term for term in self.output.terms if term.kind == "sampled"]
+        sampled = next((term for term in drawn if term.temperature != self.rollout.temperature), None)
+        if sampled:
+            raise ValueError(
+                f"output.terms: {sampled.label} is measured on tokens drawn at rollout.temperature "
+                f"{self.rollout.temperature:g}, but its own temperature is {sampled.temperature:g}; make them equal, or use "
+                "another kind"
             )
         return self

@@ -15,18 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
+from oprd_megatron.config.distill import DistillConfig
+from oprd_megatron.evaluation.curves import CosineCurves
+from oprd_megatron.evaluation.outputs import OutputMeasures
 from oprd_megatron.models import Model
-from oprd_megatron.objectives.final_states import (
-    FinalStates,
-    TeacherFinals,
-    head_log_probs,
-    teacher_head,
-)
-from oprd_megatron.objectives.vocab_parallel import vocab_parallel_gather, vocab_parallel_kl
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment
@@ -54,9 +48,14 @@ class HeldOut:
     ) -> None:
         assert checked.config.eval is not None
         self.config, self.prompts, self.tokenizer = checked.config.eval, checked.held_out, checked.tokenizer
-        self.alignment = Alignment(
-            teacher, student, checked.config.distill, platform, self.config.micro_batch_size, space=space
+        distill = measured_states(checked.config.distill, teacher, student)
+        self.outputs = OutputMeasures(
+            teacher, student, platform.device, not checked.two_tokenizers, checked.config.output.terms
         )
+        self.alignment = Alignment(
+            teacher, student, distill, platform, self.config.micro_batch_size,
+            space=space if distill.space == checked.config.distill.space else None, signal=self.outputs.signal,
+        )  # fmt: skip
         engine = build_engine(checked.config, checked.config.teacher, teacher.grid.layout, platform)
         sync_weights(engine, teacher, version=0)
         self.sampling = SamplingParams(
@@ -65,14 +64,13 @@ class HeldOut:
             seed=checked.config.run.seed,
             vocab_size=checked.student_vocab_size,
         )
-        both, theirs, asked = checked.two_tokenizers, self.sampling, self.prompts
-        if both:
+        theirs = self.sampling
+        if checked.two_tokenizers:
             theirs = replace(theirs, vocab_size=checked.teacher.vocab_size)
-            asked = [replace(prompt, token_ids=prompt.teacher_ids) for prompt in asked]
+        asked = [replace(prompt, token_ids=prompt.teacher_ids or prompt.token_ids) for prompt in self.prompts]
         rollouts = collect_rollouts(engine, asked, 1, theirs, step=0)
         if engine is not None:
             engine.close()
-        self.head = None if both else teacher_head(teacher, student)
         self.answers = checked.sample_maker(self.prompts).of_teacher(rollouts)
 
     def due(self, step: int, last: int) -> bool:
@@ -87,7 +85,7 @@ class HeldOut:
             engine: this rank's engine with the student's weights, if it holds one.
             samples: add answers of the student for people to read.
         """
-        record = evaluate(self.alignment, self.answers, step, self.head)
+        record = evaluate(self.alignment, self.outputs, self.answers, step)
         if samples:
             record["samples"] = self._samples(engine)
         return record
@@ -105,52 +103,54 @@ class HeldOut:
         return str(self.tokenizer.decode(list(answer.response_ids), skip_special_tokens=True))
 
 
-def evaluate(
-    alignment: Alignment, answers: Sequence[Sample], step: int, head: torch.Tensor | None = None
-) -> dict[str, Any]:
+def measured_states(config: DistillConfig, teacher: Model, student: Model) -> DistillConfig:
+    """What an evaluation aligns: as the run does. A run that aligns nothing is still measured where widths are equal. No
+    budget: what is scored at a time is small."""
+    equal = teacher.architecture.hidden_size == student.architecture.hidden_size
+    mode = "identity" if config.space == "none" and equal else config.mode
+    return config.model_copy(update={"mode": mode, "spool_bytes": None})
+
+
+def evaluate(alignment: Alignment, outputs: OutputMeasures, answers: Sequence[Sample], step: int) -> dict[str, Any]:
     """Score the student on the teacher's answers. Collective; every rank returns the same record.
 
     Args:
-        alignment: teacher and student; its `micro_batch_size` is the number of answers scored at a time.
+        alignment: teacher and student, with the signal of `outputs`; its `micro_batch_size` is the number of answers scored
+            at a time.
+        outputs: measures both models' outputs.
         answers: the teacher's answers to the held-out prompts.
         step: finished training steps.
-        head: from `teacher_head`, if it is at hand.
 
     Returns:
-        {"kind": "eval", "step", "kl", "cross_entropy", "cosine", "tokens", "seconds", "layers": {..}}; kl and
-        cross_entropy in nats a token of the student's; kl is None with two tokenizers. Answers that are scored together are
-        left out if none of their tokens is aligned.
+        {"kind": "eval", "step", "kl", "cross_entropy", "student_entropy", "teacher_entropy", "top_overlap", "terms", "cosine",
+        "tokens", "seconds", "layers": {..}, "curves": {..}}; nats a token of the student's; kl, teacher_entropy and top_overlap
+        are None with two tokenizers; "terms" has the loss's, the representation loss (without coefficient and layer weights) as
+        "oprd". Answers that are scored together are left out if none of their tokens is aligned.
     """
     start = time.perf_counter()
-    comparable = all(answer.teacher is None for answer in answers)
-    if comparable and head is None:
-        head = teacher_head(alignment.teacher, alignment.student)
-    totals = torch.zeros(3, dtype=torch.float64)
+    outputs.clear()
+    curves = CosineCurves(
+        alignment.config, max(len(answer.response_ids) for answer in answers), alignment.platform.device
+    )
     sums: dict[int, torch.Tensor] = {}
     portions = list(_portions(answers, alignment))
     aligned = [samples for samples in portions if alignment.flow.planner.num_tokens(samples)]
     for samples in aligned or portions[:1]:  # if nothing at all is aligned, planning refuses it
-        part, layer_sums = _score(alignment, samples, head, comparable)
-        totals += part
+        passes = Passes(on_outputs=outputs.on_outputs)
+        layer_sums = alignment.run(alignment.plan(samples), passes, cosines_of=curves.of_chunk)
         for layer, value in layer_sums.items():
             sums[layer] = sums.get(layer, 0) + value
-    report = alignment.reduce(sums)
-    dist.all_reduce(totals)
-    divergence, cross_entropy, tokens = totals.tolist()
+    report, found = alignment.reduce(sums), outputs.record()
+    if report.student_layers:
+        found["terms"] = {"oprd": sum(report.layer_loss) / len(report.layer_loss), **found["terms"]}
     return {
         "kind": "eval",
         "step": step,
-        "kl": divergence / tokens if comparable else None,
-        "cross_entropy": cross_entropy / tokens,
+        **found,
         "cosine": report.mean_cosine,
-        "tokens": int(tokens),
         "seconds": time.perf_counter() - start,
-        "layers": {
-            "student": report.student_layers,
-            "teacher": report.teacher_layers,
-            "cosine": report.cosine,
-            **({} if report.inside is None else {"inside": report.inside}),
-        },
+        "layers": report.by_layer(),
+        "curves": curves.record() if report.student_layers else None,
     }
 
 
@@ -164,59 +164,3 @@ def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[
         portion = list(answers[first : first + size])
         filler = replace(portion[0], response_ids=(), kept=())
         yield portion + [filler] * (-len(portion) % unit)
-
-
-def _score(
-    alignment: Alignment, samples: list[Sample], head: torch.Tensor | None, comparable: bool
-) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """This rank's [KL, cross-entropy, tokens] sums (on one rank of each tensor-parallel group) and layer sums."""
-    plan, grid, device = alignment.plan(samples), alignment.student.grid, alignment.platform.device
-    teachers = [TeacherFinals(alignment.teacher, alignment.student, chunk, device)
-                for chunk in plan.chunks] if comparable else []  # fmt: skip
-    orders: list[np.ndarray | None] = (
-        [finals.route.order for finals in teachers] if comparable else [None] * len(plan.chunks)
-    )
-    students = [
-        FinalStates(alignment.student, chunk.samples, chunk.student.arrangement, order)
-        for chunk, order in zip(plan.chunks, orders, strict=True)
-        if grid.is_member
-    ]
-    passes = Passes(
-        on_teacher_output=[finals.on_output for finals in teachers] or None,
-        on_student_output=[finals.on_output for finals in students],
-    )
-    layer_sums = alignment.run(plan, passes)
-    totals = torch.zeros(3, dtype=torch.float64)
-    for finals in teachers:
-        teacher_states = finals.states()  # collective, also where there is nothing to score
-        if grid.is_last_stage:
-            assert teacher_states is not None and head is not None
-            totals += _divergence(alignment, (teacher_states, head), students.pop(0))
-    for left in students if grid.is_last_stage else []:
-        totals += _cross_entropy(alignment, left)
-    counts = grid.is_member and grid.coords.tp == 0
-    return totals if counts else torch.zeros(3, dtype=torch.float64), layer_sums
-
-
-def _divergence(alignment: Alignment, teacher: tuple[torch.Tensor, torch.Tensor], student: FinalStates) -> torch.Tensor:
-    """[KL, cross-entropy, tokens] sums over this rank's response tokens; `teacher` is (states, head)."""
-    vocab = min(alignment.teacher.architecture.vocab_size, alignment.student.architecture.vocab_size)
-    group, totals = alignment.student.grid.groups.tp, torch.zeros(3, dtype=torch.float64)
-    heads = teacher, (student.states(), alignment.student.head_weight)
-    log_probs = [head_log_probs(states, weight, vocab, group) for states, weight in heads]
-    for log_p, log_q, ids in zip(*log_probs, student.target_chunks(), strict=True):
-        divergence = vocab_parallel_kl(log_p, log_q, group).double().sum()
-        cross_entropy = -vocab_parallel_gather(log_q, ids, group).double().sum()
-        totals += torch.tensor([divergence, cross_entropy, len(ids)], dtype=torch.float64)
-    return totals
-
-
-def _cross_entropy(alignment: Alignment, student: FinalStates) -> torch.Tensor:
-    """[0, cross-entropy, tokens] sums over this rank's response tokens, where there is no teacher to diverge from."""
-    group, totals = alignment.student.grid.groups.tp, torch.zeros(3, dtype=torch.float64)
-    vocab = alignment.student.architecture.vocab_size
-    log_probs = head_log_probs(student.states(), alignment.student.head_weight, vocab, group)
-    for log_q, ids in zip(log_probs, student.target_chunks(), strict=True):
-        cross_entropy = -vocab_parallel_gather(log_q, ids, group).double().sum()
-        totals += torch.tensor([0.0, cross_entropy, len(ids)], dtype=torch.float64)
-    return totals

@@ -73,14 +73,14 @@ def loss_plot(train: Records) -> str | None:
     if not train:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, (left, right) = _axes(2)
+        figure, (left, right) = make_axes(2)
         loss = column(train, "loss")
-        _line(left, train, loss, BLUE)
-        _log_if_wide(left, loss)
-        _line(right, train, column(train, "cosine"), GREEN)
+        line(left, train, loss, BLUE)
+        log_if_wide(left, loss)
+        line(right, train, column(train, "cosine"), GREEN)
         left.set(title="loss", xlabel="step")
         right.set(title="cosine, mean over layers", xlabel="step")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def held_out_plot(train: Records, evals: Records) -> str | None:
@@ -93,7 +93,7 @@ def held_out_plot(train: Records, evals: Records) -> str | None:
     if np.isnan(column(evals, "kl")).all():  # models with different tokenizers have none
         shown = shown[1:]
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(2, rows=len(shown))
+        figure, axes = make_axes(2, rows=len(shown))
         for row, (key, title, color) in zip(np.atleast_2d(axes), shown, strict=True):
             for axis, x, label in zip(
                 row, (column(evals, "step"), minutes), ("step", "minutes of training"), strict=True
@@ -101,7 +101,7 @@ def held_out_plot(train: Records, evals: Records) -> str | None:
                 axis.plot(x, column(evals, key), color=color, marker="o")
                 _round_ticks(axis, x, integer=label == "step")
                 axis.set(title=title, xlabel=label)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def cosine_heat_map(train: Records, evals: Records) -> str | None:
@@ -117,7 +117,7 @@ def cosine_heat_map(train: Records, evals: Records) -> str | None:
     lowest = min(float(np.nanmin(grid, initial=1.0)) for grid in grids)
     num_layers = max(len(grid) for grid in grids)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure, axes = _axes(len(panels), height=min(1.6 + 0.16 * num_layers, 7.0))
+        figure, axes = make_axes(len(panels), height=min(1.6 + 0.16 * num_layers, 7.0))
         for axis, grid, (title, records) in zip(axes, grids, panels, strict=True):
             image = axis.imshow(
                 grid, aspect="auto", origin="lower", cmap="viridis", vmin=lowest, vmax=1.0, interpolation="nearest"
@@ -126,7 +126,7 @@ def cosine_heat_map(train: Records, evals: Records) -> str | None:
             _label_ticks(axis.set_yticks, records[-1]["layers"]["student"], most=14)
             axis.set(title=title, xlabel="step", ylabel="student layer")
         figure.colorbar(image, ax=list(axes), label="cosine", aspect=30, pad=0.02)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def layers_plot(train: Records) -> str | None:
@@ -135,7 +135,7 @@ def layers_plot(train: Records) -> str | None:
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(2)
+        figure, axes = make_axes(2)
         for axis, key, title in zip(
             axes, ("norm_ratio", "mse"), ("norm ratio, student / teacher", "mean squared error"), strict=True
         ):
@@ -146,8 +146,8 @@ def layers_plot(train: Records) -> str | None:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.legend()
         axes[0].axhline(1.0, color=INK, alpha=0.5, linewidth=1, linestyle="--")
-        _log_if_wide(axes[1], _layer_grid([shown[0], shown[-1]], "mse"))
-        return _svg(figure)
+        log_if_wide(axes[1], _layer_grid([shown[0], shown[-1]], "mse"))
+        return to_svg(figure)
 
 
 def drift_plot(train: Records, evals: Records) -> str | None:
@@ -160,7 +160,7 @@ def drift_plot(train: Records, evals: Records) -> str | None:
     if not panels:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(len(panels))
+        figure, axes = make_axes(len(panels))
         for axis, (title, records) in zip(axes, panels, strict=True):
             steps, grid = column(records, "step"), _layer_grid(records, "inside")
             axis.plot(steps, grid.T, color=GRAY, alpha=0.35, linewidth=0.7)
@@ -170,7 +170,7 @@ def drift_plot(train: Records, evals: Records) -> str | None:
                     axis.axvline(record["step"], color=GREEN, linestyle=":")
             _round_ticks(axis, steps)
             axis.set(title=title, xlabel="step", ylabel="share inside the projection")
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def response_plot(train: Records) -> str | None:
@@ -178,15 +178,15 @@ def response_plot(train: Records) -> str | None:
     if not train:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, (left, right) = _axes(2)
-        _line(left, train, column(train, "response_length", "max"), GRAY, "longest")
-        _line(left, train, column(train, "response_length", "mean"), BLUE, "mean")
+        figure, (left, right) = make_axes(2)
+        line(left, train, column(train, "response_length", "max"), GRAY, "longest")
+        line(left, train, column(train, "response_length", "mean"), BLUE, "mean")
         left.set(title="response length, tokens", xlabel="step")
         left.set_ylim(bottom=0)
         left.legend(loc="lower right")
-        _line(right, train, column(train, "response_length", "finished"), GREEN)
+        line(right, train, column(train, "response_length", "finished"), GREEN)
         right.set(title="finished before the limit, share", xlabel="step", ylim=(-0.03, 1.03))
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def time_plot(train: Records) -> str | None:
@@ -198,7 +198,7 @@ def time_plot(train: Records) -> str | None:
     heights = [np.nan_to_num(column(train, "seconds", name)) for name in names]
     colors = [PHASES.get(name, GRAY) for name in names]
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _axes(1)
+        figure, (axis,) = make_axes(1)
         if len(train) > 60:
             axis.stackplot(steps, heights, colors=colors, labels=names, linewidth=0)
         else:
@@ -209,7 +209,7 @@ def time_plot(train: Records) -> str | None:
         axis.set(title="seconds per step", xlabel="step")
         _round_ticks(axis, steps)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def optimizer_plot(train: Records) -> str | None:
@@ -217,16 +217,16 @@ def optimizer_plot(train: Records) -> str | None:
     if not train:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, (left, right) = _axes(2)
-        _line(left, train, column(train, "lr"), BLUE)
-        _line(right, train, column(train, "grad_norm"), ORANGE)
+        figure, (left, right) = make_axes(2)
+        line(left, train, column(train, "lr"), BLUE)
+        line(right, train, column(train, "grad_norm"), ORANGE)
         left.set(title="learning rate", xlabel="step")
         left.yaxis.set_major_formatter("{x:g}")
         right.set(title="gradient norm", xlabel="step")
-        return _svg(figure)
+        return to_svg(figure)
 
 
-def _axes(columns: int, rows: int = 1, height: float | None = None) -> tuple[Figure, Any]:
+def make_axes(columns: int, rows: int = 1, height: float | None = None) -> tuple[Figure, Any]:
     """A figure of the page's width and its axes: a row of them, or rows of rows."""
     layout = ConstrainedLayoutEngine(wspace=0.06, hspace=0.06)
     figure = Figure(figsize=(9.2, height or 2.6 * rows), layout=layout)
@@ -234,7 +234,7 @@ def _axes(columns: int, rows: int = 1, height: float | None = None) -> tuple[Fig
     return figure, axes[0] if rows == 1 else axes
 
 
-def _line(axis: Axes, records: Records, values: np.ndarray, color: str, label: str | None = None) -> None:
+def line(axis: Axes, records: Records, values: np.ndarray, color: str, label: str | None = None) -> None:
     """A line over steps, with markers while there are few points."""
     steps = column(records, "step")
     axis.plot(steps, values, color=color, label=label, marker="o" if len(records) <= 30 else None)
@@ -249,7 +249,7 @@ def _round_ticks(axis: Axes, values: np.ndarray, integer: bool = True) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=1, integer=integer))
 
 
-def _log_if_wide(axis: Axes, values: np.ndarray) -> None:
+def log_if_wide(axis: Axes, values: np.ndarray) -> None:
     """A log scale where positive values span more than a factor of ten."""
     lowest, highest = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=0.0)
     if lowest <= 0 or highest <= 10 * lowest:
@@ -271,7 +271,7 @@ def _layer_grid(records: Records, key: str) -> np.ndarray:
     return np.array([record["layers"][key] for record in records], dtype=float).T
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure as an <svg> element that stands alone inside an HTML page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})

@@ -16,7 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from oprd_megatron.errors import UserError
-from oprd_megatron.evaluation import plots
+from oprd_megatron.evaluation import diagnosis_plots, plots
 from oprd_megatron.logging import METRICS_FILE, read_records, write_atomically
 
 
@@ -144,6 +144,11 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
             "On the training responses. A norm ratio of 1 means that student and teacher states are equally long.",
             plots.layers_plot(train),
         ),
+        (
+            "Next-token distributions",
+            "On the held-out answers. A student that copies its teacher has its entropy, and its likeliest tokens.",
+            diagnosis_plots.distributions_plot(evals),
+        ),
         ("Responses", "Text that the student sampled to be trained on.", plots.response_plot(train)),
         ("Time", "Where each step's seconds went.", plots.time_plot(train)),
         ("Optimizer", "The gradient norm is taken before clipping.", plots.optimizer_plot(train)),
@@ -151,6 +156,13 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
     if drift is not None:  # the run has a bridge
         caption = "Share of the student's states, in square length, that the bridge's frozen projection sees: every layer, and "
         figures.insert(4, ("Drift out of the bridge", caption + "their mean. Dotted lines are refits.", drift))
+    terms, curves = diagnosis_plots.terms_plot(train, evals), diagnosis_plots.curves_plot(evals)
+    if curves is not None:
+        caption = "Held-out cosine, mean over layers, of the first and of the last tokens of an answer."
+        figures.insert(3, ("Along a response", caption, curves))
+    if terms is not None:
+        caption = "Every term by itself, without its weight; the representation loss is called oprd."
+        figures.insert(2, ("Terms of the loss", caption, terms))
     return [
         {"title": title, "id": _slug(title), "caption": caption, "svg": None if svg is None else Markup(svg)}
         for title, caption, svg in figures

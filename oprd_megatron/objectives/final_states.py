@@ -1,9 +1,6 @@
 """From tokens to log-probabilities, in two halves: the last stage keeps the final hidden states that predict response
 tokens (D numbers a token), then a head turns them into logits in chunks of tokens, so that [tokens, V] never exists.
 
-The teacher's final states travel to the ranks of the student's last stage (`TeacherFinals`), by the same kind of plan as
-all states, and meet the teacher's head there, sharded like the student's: D numbers a token are sent, not V.
-
 Legend: N response tokens of this data- and context-parallel rank; D width; V_local head rows on this rank.
 """
 
@@ -18,13 +15,10 @@ import torch.distributed as dist
 from checkpoints_conversion import HFReader, mappings_for
 from oprd_megatron.models import Model, no_output_loss
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_log_softmax
-from oprd_megatron.representation.batch import Chunk, Sample
-from oprd_megatron.representation.exchange import Delivery
-from oprd_megatron.representation.layer_map import LayerPair
+from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.placement import Arrangement, place_tokens
-from oprd_megatron.representation.route import plan_route
+from oprd_megatron.representation.positions import predicting_positions
 from oprd_megatron.representation.rows import block_rows, gather_rows
-from oprd_megatron.representation.wire import Wire
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at once."""
@@ -39,17 +33,15 @@ class FinalStates:
         model: teacher or student; this rank is on its grid.
         samples: rollouts of the pass.
         arrangement: of the samples on the model's grid.
-        order: of the response tokens (`Route.order`); left out, as they come.
     """
 
-    def __init__(
-        self, model: Model, samples: Sequence[Sample], arrangement: Arrangement, order: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, model: Model, samples: Sequence[Sample], arrangement: Arrangement) -> None:
         self.model = model
         self.ids = np.array([token for sample in samples for token in sample.response_ids], dtype=np.int64)
-        tokens = place_tokens([predicting_positions(sample) for sample in samples], arrangement, model.grid.layout)
+        positions = [predicting_positions(len(s.prompt_ids), range(len(s.response_ids))) for s in samples]
+        tokens = place_tokens(positions, arrangement, model.grid.layout)
         self._device = next(model.chunks[-1].parameters()).device
-        self.rows = block_rows(tokens, np.arange(len(self.ids)) if order is None else order, model.grid, self._device)
+        self.rows = block_rows(tokens, np.arange(len(self.ids)), model.grid, self._device)
         self._states: dict[int, torch.Tensor] = {}
 
     def on_output(self, micro_batch: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,46 +68,6 @@ class FinalStates:
     def target_chunks(self) -> Iterator[torch.Tensor]:
         """The response tokens that `states` predict, cut like `head_log_probs`: [n] int64 each."""
         yield from torch.from_numpy(self.ids[self.tokens()]).to(self._device).split(CHUNK_TOKENS)
-
-
-class TeacherFinals:
-    """The teacher's final states for the ranks of the student's last stage, in the order of `route.order`, which the student's
-    `FinalStates` are given too."""
-
-    def __init__(self, teacher: Model, student: Model, chunk: Chunk, device: torch.device) -> None:
-        positions = [predicting_positions(sample) for sample in chunk.samples]
-        layouts = teacher.grid.layout, student.grid.layout
-        teacher_tokens = place_tokens(positions, chunk.teacher.arrangement, layouts[0])
-        self.tokens = place_tokens(positions, chunk.student.arrangement, layouts[1])
-        self.layer, self.grid, self.device = layouts[0].num_layers, student.grid, device
-        pair = LayerPair(layouts[1].num_layers, self.layer)
-        self.route = plan_route([pair], layouts[0], teacher_tokens, layouts[1], self.tokens)
-        self.wire = Wire("bf16" if teacher.config.bf16 else "fp32", teacher.architecture.hidden_size)
-        self.delivery = Delivery(self.route, teacher_tokens, dist.get_rank(), self.wire, device)
-
-    def on_output(self, micro_batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Keep what the plan wants of hidden [P_local, 1, D]."""
-        self.delivery.put(self.layer, micro_batch, hidden)
-        return no_output_loss(micro_batch, hidden)
-
-    def states(self) -> torch.Tensor | None:
-        """[N, D] on the student's last stage, None elsewhere. Collective: the exchange, then one all-gather over the
-        student's tensor-parallel group for each micro-batch."""
-        self.delivery.post()
-        self.delivery.wait()
-        if not self.grid.is_last_stage:
-            return None
-        whole = [torch.empty(0, self.wire.width, dtype=self.wire.dtype, device=self.device)]
-        for micro_batch, rows in block_rows(self.tokens, self.route.order, self.grid, self.device).items():
-            mine = self.delivery.rows(micro_batch, self.layer)
-            whole.append(gather_rows(whole[0] if mine is None else mine, rows.by_rank, self.grid.groups.tp))
-        return torch.cat(whole)
-
-
-def predicting_positions(sample: Sample) -> range:
-    """Sequence indices of the states that predict the response tokens: one before each."""
-    first = len(sample.prompt_ids) - 1
-    return range(first, first + len(sample.response_ids))
 
 
 def head_log_probs(

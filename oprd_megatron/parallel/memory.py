@@ -8,7 +8,8 @@ last stage) on more. With N numbers on a rank, N' of them trained, and a dtype o
     gradients  4 N'                mcore's DDP accumulates in fp32 (`main_grad`)
     optimizer  (8 + [bf16] 4) N'   two fp32 Adam moments, and an fp32 master copy of bf16 weights
 
-The teacher is frozen: weights only. So is an untied head (optimizer.py): it is in N, not in N'. mcore's distributed optimizer
+The teacher is frozen: weights only. So is an untied head that no output term reaches (optimizer.py): it is in N, not in N'.
+Trained maps of `distill.mode: linear` are in both, whole on every tensor-parallel rank. mcore's distributed optimizer
 keeps the trained weights and their gradients of each chunk in buffers in which every parameter starts at a multiple of 64
 numbers and which end at a multiple of lcm(dp * cp, 128); a tied embedding of a pipeline has one of its own. A rank's share of
 the optimizer is 1 / (dp * cp) of them, at most (mcore 0.16.1, distributed/param_and_grad_buffer.py).
@@ -26,7 +27,8 @@ key/value heads of H, no dropout, SwiGLU not fused):
                                              router. t times the first without sequence parallelism (a frozen teacher)
 
 Recomputation `full` keeps one D for each group of layers (uniform) or each of the first layers (block) instead, and once the
-layers being recomputed. A chunk's own output counts D, the final norm D more, and no logits are ever computed. How many
+layers being recomputed. A chunk's own output counts D, the final norm D more; the logits of output terms, which exist a few
+tokens at a time, are counted in planning/output_memory.py. How many
 micro-batches a stage holds follows from the schedule: min(m, pp - stage) under 1F1B, and counted off mcore's interleaved order
 with virtual stages. The teacher has one layer's worth at a time. Kernel workspaces, communication buffers and the CUDA context
 (usually a few GB) are not in it.
@@ -43,8 +45,8 @@ No process groups and no mcore here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from checkpoints_conversion import Architecture, Sharding, mappings_for
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE
@@ -96,6 +98,8 @@ class ModelMemory:
         trained: False for the teacher.
         distributed: mcore's distributed optimizer.
         recompute: of activations.
+        trains_head: an untied head is trained too: there are output terms.
+        state_maps: {student layer: numbers of its trained map}.
     """
 
     architecture: Architecture
@@ -105,6 +109,8 @@ class ModelMemory:
     trained: bool
     distributed: bool = False
     recompute: RecomputeConfig = RecomputeConfig()  # noqa: RUF009 (frozen)
+    trains_head: bool = False
+    state_maps: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def sharding(self) -> Sharding:
@@ -123,8 +129,18 @@ class ModelMemory:
         return [self._stage(stage, sizes, tokens, micro_batches) for stage in range(self.layout.pp)]
 
     def chunk_parameters(self, stage: int, chunk: int) -> dict[str, int]:
-        """{Megatron name (global layer index): numbers on a rank} of one chunk."""
+        """{Megatron name (global layer index): numbers on a rank} of one chunk; a map's is state_maps.<layer>.weight."""
         return self._chunk(self._sizes(), stage, chunk)
+
+    @property
+    def head_numbers(self) -> int:
+        """Of the head on a rank of the last stage, tied or not."""
+        return self._sizes()[HEAD]
+
+    @property
+    def _frozen(self) -> set[str]:
+        """Parameters of a trained model that no loss reaches."""
+        return set() if self.trains_head or self.architecture.tie_word_embeddings else {HEAD}
 
     def _sizes(self) -> dict[str, int]:
         sharding = self.sharding
@@ -148,7 +164,10 @@ class ModelMemory:
                 here = first if name == EMBEDDING else last
             if here:
                 found[name] = size
-        return found
+        maps = {
+            layer: self.state_maps[layer] for layer in layout.chunk_layers(stage, chunk) if layer in self.state_maps
+        }
+        return found | {f"state_maps.{layer}.weight": size for layer, size in maps.items()}
 
     def _stage(self, stage: int, sizes: dict[str, int], tokens: int, micro_batches: int) -> StageMemory:
         chunks = [self._chunk(sizes, stage, chunk) for chunk in range(self.layout.vpp)]
@@ -157,7 +176,7 @@ class ModelMemory:
         activations = self.activations(stage, tokens, micro_batches)
         if not self.trained:
             return StageMemory(parameters, parameters * itemsize, 0, 0, activations)
-        frozen = sum(chunk.get(HEAD, 0) for chunk in chunks) if not self.architecture.tie_word_embeddings else 0
+        frozen = sum(chunk.get(name, 0) for chunk in chunks for name in self._frozen)
         trained, share = parameters - frozen, 1
         if self.distributed:
             trained, share = sum(self._buffer(chunk) for chunk in chunks), self.layout.dp * self.layout.cp
@@ -175,7 +194,7 @@ class ModelMemory:
         tied = self.architecture.tie_word_embeddings
         alone = {EMBEDDING, HEAD} if tied and self.layout.pp > 1 else set()
         buckets = [[size] for name, size in chunk.items() if name in alone]
-        buckets.append([size for name, size in chunk.items() if name not in alone and (tied or name != HEAD)])
+        buckets.append([size for name, size in chunk.items() if name not in alone | self._frozen])
         end = math.lcm(self.layout.dp * self.layout.cp, 128)
         return sum(_round_up(sum(_round_up(size, 64) for size in bucket), end) for bucket in buckets)
 
@@ -241,7 +260,7 @@ def peak_in_flight(kept: Sequence[float], pp: int, stage: int, micro_batches: in
 
 
 def peak_spooled(sizes: Sequence[int], budget: int | None, teaches: bool, learns: bool) -> int:
-    """Most bytes of teacher states that a rank holds, for chunks of these sizes (see representation/spool.py).
+    """Most bytes of teacher states and outputs that a rank holds, for chunks of these sizes (see representation/spool.py).
 
     Both models: one chunk at a time. The teacher alone keeps what it sent until a later chunk needs the room; the student
     alone opens following chunks while they fit.

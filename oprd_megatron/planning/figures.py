@@ -7,7 +7,7 @@ the config allows.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from checkpoints_conversion import Architecture
 from oprd_megatron.parallel.layout import GridLayout
@@ -47,7 +47,8 @@ class Batch:
 
     Attributes:
         num_samples, prompt_tokens, response_tokens: rollouts, and the length of each.
-        num_tokens: supervised tokens of the whole batch.
+        num_tokens: supervised tokens of the whole batch, if any states are compared.
+        predicted_tokens: tokens whose predictions are compared; 0 without output terms.
         num_chunks: that it is done in.
         spool_bytes: the budget, None without one.
         spool: device or host.
@@ -57,6 +58,7 @@ class Batch:
     prompt_tokens: int
     response_tokens: int
     num_tokens: int
+    predicted_tokens: int
     num_chunks: int
     spool_bytes: int | None
     spool: str
@@ -82,13 +84,38 @@ class StageTraffic:
 
 
 @dataclass(frozen=True)
+class OutputTraffic:
+    """What goes from the teacher's last stage to the student's last in a step, for output terms.
+
+    Attributes:
+        head: which side applies the teacher's head. student: final states travel; teacher: the numbers that the terms read.
+        wire, width, token_bytes: number format, numbers and bytes of a token.
+        teacher_stage, student_stage: the last ones.
+        tokens: whose predictions are compared.
+        moved_bytes: between ranks.
+        stays: share of the tokens whose numbers are already on the rank that needs them.
+    """
+
+    head: Literal["student", "teacher"]
+    wire: str
+    width: int
+    token_bytes: int
+    teacher_stage: int
+    student_stage: int
+    tokens: int
+    moved_bytes: int
+    stays: float
+
+
+@dataclass(frozen=True)
 class Traffic:
-    """What the exchange moves in a step.
+    """What the exchange moves in a step: states, and what output terms need. Figures below `outputs` are of both.
 
     Attributes:
         wire: number format. width: numbers in a state. state_bytes: bytes of one.
-        stages: by pair of stages.
-        same_rank_bytes: states that are where they are needed; they do not travel.
+        stages: states by pair of stages; none where no states are compared.
+        outputs: None without output terms.
+        same_rank_bytes: what is where it is needed; it does not travel.
         same_node_bytes, between_nodes_bytes: what travels.
         num_messages: between ranks, all chunks.
         links: [source, destination, bytes] of every pair of ranks, busiest first.
@@ -99,6 +126,7 @@ class Traffic:
     width: int
     state_bytes: int
     stages: list[StageTraffic]
+    outputs: OutputTraffic | None
     same_rank_bytes: int
     same_node_bytes: int
     between_nodes_bytes: int
@@ -122,7 +150,8 @@ class RankMemory:
         first_rank, num_ranks: which ranks.
         teacher, student: weights, gradients and optimizer.
         activations: of the model that has more: they take turns.
-        spool: teacher states.
+        spool: teacher states and outputs.
+        outputs: the teacher's head for output terms, logits of a few tokens, and the gradient of the student's head.
         engine: the rollout engine's copy of the student.
         spool_on_host: the spool is not device memory.
     """
@@ -135,6 +164,7 @@ class RankMemory:
     student: int
     activations: int
     spool: int
+    outputs: int
     engine: int
     spool_on_host: bool
 
@@ -142,7 +172,7 @@ class RankMemory:
     def device_bytes(self) -> int:
         """All of it that is in device memory."""
         spool = 0 if self.spool_on_host else self.spool
-        return self.teacher + self.student + self.activations + spool + self.engine
+        return self.teacher + self.student + self.activations + spool + self.outputs + self.engine
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def draw_heat_map(plan: RunPlan, path: Path) -> None:
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_locator(MaxNLocator(integer=True))
         cells = "" if block == 1 else f", {block} ranks a cell"
-        axis.set(title=f"teacher states sent in a step{cells}", xlabel="student rank", ylabel="teacher rank")
+        states, outputs = bool(plan.pairs), plan.traffic.outputs is not None
+        what = " and ".join(["teacher states"] * states + ["outputs" if states else "teacher outputs"] * outputs)
+        axis.set(title=f"{what} sent in a step{cells}", xlabel="student rank", ylabel="teacher rank")
         if shown.count():
             figure.colorbar(image, ax=axis, label="MiB", aspect=30, pad=0.02)
         figure.savefig(path, format="png", dpi=130)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from oprd_megatron.parallel.layout import Coords, GridLayout
-from oprd_megatron.planning.figures import FollowStudent, ModelPlan, RunPlan
+from oprd_megatron.planning.figures import FollowStudent, ModelPlan, OutputTraffic, RunPlan
 
 WIDTH = 100
 SMALL_WORLD = 16
@@ -33,9 +33,16 @@ def _head(plan: RunPlan) -> list[str]:
         + ("both models on the same ranks" if plan.shares_ranks else "each model on ranks of its own"),
         *_wrap(
             f"Planned for the longest batch that the config allows: {batch.num_samples} rollouts of {batch.prompt_tokens} + "
-            f"{batch.response_tokens} tokens, {batch.num_tokens:,} of them supervised."
+            f"{batch.response_tokens} tokens, {_looked_at(plan)}."
         ),
     ]
+
+
+def _looked_at(plan: RunPlan) -> str:
+    parts = [f"{plan.batch.num_tokens:,} of them supervised"] if plan.pairs else []
+    if plan.batch.predicted_tokens:
+        parts.append(f"predictions of {plan.batch.predicted_tokens:,} of them compared")
+    return ", ".join(parts)
 
 
 def _grid(name: str, model: ModelPlan, plan: RunPlan) -> list[str]:
@@ -117,6 +124,8 @@ def _every_rank(plan: RunPlan) -> list[str]:
 
 def _layer_map(plan: RunPlan) -> list[str]:
     """Runs of student layers whose teacher layers are on the same stage."""
+    if not plan.pairs:
+        return ["LAYER MAP  none: distill.mode none compares no states"]
     lines = ["LAYER MAP", f"  {'teacher -> student stage':<26}student layers <- teacher layers"]
     teacher, student = plan.teacher.layout, plan.student.layout
     stages = lambda p: (teacher.stage_of(p.teacher_layer), student.stage_of(p.student_layer))  # noqa: E731
@@ -132,8 +141,9 @@ def _layer_map(plan: RunPlan) -> list[str]:
 
 def _traffic(plan: RunPlan) -> list[str]:
     traffic, batch = plan.traffic, plan.batch
+    format_ = f"({traffic.wire}, {traffic.width} wide: {traffic.state_bytes} bytes a state)" if plan.pairs else ""
     lines = [
-        f"TRAFFIC A STEP  ({traffic.wire}, {traffic.width} wide: {traffic.state_bytes} bytes a state)",
+        f"TRAFFIC A STEP  {format_}",
         f"  {'teacher -> student stage':<26}{'layers':>7}{'states':>16}{'sent':>12}{'stays':>8}",
     ]
     for row in traffic.stages:
@@ -142,15 +152,23 @@ def _traffic(plan: RunPlan) -> list[str]:
             f"{size(row.moved_bytes):>12}{row.stays:>8.1%}"
         )
     whole = traffic.same_rank_bytes + traffic.total_bytes
-    states = sum(row.states for row in traffic.stages)
+    count = f"{sum(row.states for row in traffic.stages):,}"
+    if out := traffic.outputs:
+        count = ""
+        lines.append(
+            f"  {out.teacher_stage:>7} -> {out.student_stage:<15}{'outputs':>7}{out.tokens:>16,}"
+            f"{size(out.moved_bytes):>12}{out.stays:>8.1%}"
+        )
     stays = traffic.same_rank_bytes / whole
-    lines.append(f"  {'all':<26}{'':>7}{states:>16,}{size(traffic.total_bytes):>12}{stays:>8.1%}")
+    lines.append(f"  {'all':<26}{'':>7}{count:>16}{size(traffic.total_bytes):>12}{stays:>8.1%}")
     for what, number in (
         ("stays on its rank", traffic.same_rank_bytes),
         ("within a node", traffic.same_node_bytes),
         ("between nodes", traffic.between_nodes_bytes),
     ):
         lines.append(f"  {what:<26}{'':>7}{'':>16}{size(number):>12}{number / whole:>8.1%}")
+    if out:
+        lines += _wrap(_outputs(out), "  ")
     budget = "no spool_bytes" if batch.spool_bytes is None else f"spool_bytes {size(batch.spool_bytes)}"
     lines.append(
         f"  {traffic.num_messages:,} messages, {batch.num_chunks} {_many('chunk', batch.num_chunks)} ({budget})"
@@ -163,6 +181,14 @@ def _traffic(plan: RunPlan) -> list[str]:
             "  ",
         )
     return lines + ([] if plan.follow is None else _follow(plan.follow))
+
+
+def _outputs(out: OutputTraffic) -> str:
+    what, where = "the final states", "the student's last stage applies the teacher's head"
+    if out.head == "teacher":
+        what, where = "what the terms read", "the teacher's last stage applies its head"
+    wire = f"({out.wire}, {out.width} wide: {out.token_bytes} bytes a token)"
+    return f"outputs: {what} of {out.tokens:,} tokens {wire}; {where}"
 
 
 def _follow(follow: FollowStudent) -> list[str]:
@@ -193,18 +219,31 @@ def _memory(plan: RunPlan) -> list[str]:
             lines.append(f"  {stage:>13}   {m.parameters / 1e6:>11,.1f} M" + "".join(f"{_size(n):>13}" for n in row))
     lines.append("")
     place = "host spool" if plan.batch.spool == "host" else "spool"
-    columns = ("teacher", "student", "activations", place, "engine", "in all")
-    lines.append(f"  {'ranks':<14}{'stages':<8}" + "".join(f"{column:>12}" for column in columns))
+    outputs = plan.traffic.outputs is not None
+    names = ("teacher", "student", "activations", place, *["outputs"] * outputs, "engine", "in all")
+    wide = [12 if column == "activations" else 11 for column in names]
+    lines.append(f"  {'ranks':<14}{'stages':<6}" + "".join(f"{c:>{w}}" for c, w in zip(names, wide, strict=True)))
     for rank in plan.ranks:
         stages = f"{_stage(rank.teacher_stage)}, {_stage(rank.student_stage)}"
         ranks = f"{rank.first_rank}.. ({rank.num_ranks})" if rank.num_ranks > 1 else str(rank.first_rank)
-        figures = (rank.teacher, rank.student, rank.activations, rank.spool, rank.engine, rank.device_bytes)
-        lines.append(f"  {ranks:<14}{stages:<8}" + "".join(f"{_size(n):>12}" for n in figures))
+        figures = (
+            rank.teacher, rank.student, rank.activations, rank.spool, *[rank.outputs] * outputs, rank.engine,
+            rank.device_bytes,
+        )  # fmt: skip
+        lines.append(
+            f"  {ranks:<14}{stages:<6}" + "".join(f"{_size(n):>{w}}" for n, w in zip(figures, wide, strict=True))
+        )
     lines += _wrap(
         "Stages are the teacher's and the student's. The models take turns, so the larger activations count. engine: the "
         "rollout engine's whole copy of the student, without its cache. Not in it: CUDA and NCCL (a few GiB), workspaces.",
         "  ",
     )
+    if outputs:
+        lines += _wrap(
+            "outputs (estimated): the teacher's head on the student's last stage where it is not the teacher's own, the "
+            "logits of output.chunk_tokens tokens, and the gradient of the student's head.",
+            "  ",
+        )
     if plan.held_out_engine_bytes:
         lines += _wrap(
             f"With an eval section every engine on the teacher's ranks holds {size(plan.held_out_engine_bytes)} more once, "

@@ -8,25 +8,29 @@ How a batch goes through is `flow.py`'s business, in which space states are comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from oprd_megatron.config.schedule import weight_at
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.models import Model
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.batch import BatchPlan, Chunk, Sample
 from oprd_megatron.representation.exchange import Delivery
-from oprd_megatron.representation.flow import Forward, Passes, StateFlow
+from oprd_megatron.representation.flow import Forward, OutputSignal, Passes, StateFlow
 from oprd_megatron.representation.injection import Aligner
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS, LossScale
 from oprd_megatron.representation.space import Identity, Space, build_space
 from oprd_megatron.representation.wire import Wire, wire_name
+
+OnCosines = Callable[[np.ndarray, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,9 @@ class AlignmentReport:
     wire_error: float | None
 
     @property
-    def mean_cosine(self) -> float:
-        return sum(self.cosine) / len(self.cosine)
+    def mean_cosine(self) -> float | None:
+        """Over layers; None where no states are compared."""
+        return sum(self.cosine) / len(self.cosine) if self.cosine else None
 
     def by_layer(self) -> dict[str, list[int] | list[float]]:
         """The `layers` of a run's records."""
@@ -81,9 +86,10 @@ class Alignment:
         micro_batch_size: rollouts in one forward pass.
         micro_batch_tokens: dynamic batching instead.
         space: in which states are compared; left out, it is built as the config says.
+        signal: what is looked at of the outputs; None if nothing is.
 
     Attributes:
-        layer_weights: {student layer: weight in the loss}; `advance` moves them.
+        coefficient, layer_weights: factor on the loss, and {student layer: weight in it}; `advance` moves them.
     """
 
     def __init__(
@@ -95,17 +101,19 @@ class Alignment:
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
         space: Space | None = None,
+        signal: OutputSignal | None = None,
     ) -> None:
         self.teacher, self.student, self.config, self.platform = teacher, student, config, platform
         self.pairs = resolve_layer_pairs(config, student.architecture.num_layers, teacher.architecture.num_layers)
-        self.layer_weights = layer_weights(config, self.pairs)
+        self.advance(0.0)
         self.space = space or build_space(config, self.pairs, teacher, student, platform.device)
         dtype: Literal["fp32", "bf16"] = "bf16" if teacher.config.bf16 else "fp32"
         wire = Wire(wire_name(config, dtype), self.space.width)
         project = None if type(self.space) is Identity else self.space.of_teacher
         self.flow = StateFlow(
-            teacher, student, self.pairs, config, platform, wire, project, micro_batch_size, micro_batch_tokens
-        )
+            teacher, student, self.pairs, config, platform, wire, project, micro_batch_size, micro_batch_tokens,
+            signal=signal,
+        )  # fmt: skip
 
     @property
     def wire(self) -> Wire:
@@ -123,7 +131,8 @@ class Alignment:
         return self.flow.peak_bytes
 
     def advance(self, progress: float) -> None:
-        """Move the layer weights to where they are at `progress`: 0 at the first step, 1 at the last."""
+        """Move the weights to where they are at `progress`: 0 at the first step, 1 at the last."""
+        self.coefficient = weight_at(self.config.coefficient, progress)
         self.layer_weights = layer_weights(self.config, self.pairs, progress)
 
     def plan(self, samples: Sequence[Sample]) -> BatchPlan:
@@ -141,6 +150,7 @@ class Alignment:
         *,
         train: bool = False,
         chunks: Sequence[torch.nn.Module] | None = None,
+        cosines_of: Callable[[Chunk], OnCosines] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Take a batch through teacher, exchange and student. No LM head is called on either model. Collective.
 
@@ -148,17 +158,19 @@ class Alignment:
             plan: from `plan`.
             passes: how; left out, Passes(train, chunks).
             train, chunks: as in `Passes`.
+            cosines_of: makes, for each chunk, what is called with every layer's (token numbers [N], cosines [N]) on this rank.
 
         Returns:
             This rank's {student layer: sums of `ALIGNMENT_FIELDS`}; `reduce` makes a report of them.
         """
-        scale = LossScale(self.config.coefficient, plan.num_tokens, self.layer_weights)
+        scale = LossScale(self.coefficient, plan.num_tokens, self.layer_weights)
         totals: dict[int, torch.Tensor] = {}
 
         def learn(chunk: Chunk, delivery: Delivery, forward: Forward) -> None:
             aligner = Aligner(
                 self.pairs, delivery, chunk.student.tokens, chunk.route.order, self.student.grid,
                 scale=scale, how=self.config.normalization, device=self.platform.device, space=self.space,
+                on_cosines=cosines_of(chunk) if cosines_of else None,
             )  # fmt: skip
             forward(aligner.teacher_layer, aligner.on_state)
             for layer, value in aligner.sums().items():
@@ -170,8 +182,10 @@ class Alignment:
     def reduce(self, sums: dict[int, torch.Tensor]) -> AlignmentReport:
         """Add the ranks' sums and average. Collective: all-reduces of a few numbers a layer."""
         zero = torch.zeros(len(ALIGNMENT_FIELDS), dtype=torch.float64)
-        table = torch.stack([sums.get(pair.student_layer, zero) for pair in self.pairs])
-        dist.all_reduce(table)
+        table = zero.new_zeros(0, len(zero))
+        if self.pairs:
+            table = torch.stack([sums.get(pair.student_layer, zero) for pair in self.pairs])
+            dist.all_reduce(table)
         rounding = torch.from_numpy(self.flow.rounding)
         dist.all_reduce(rounding)
         rows = table[:, ALIGNMENT_FIELDS.index("rows")]
@@ -180,7 +194,7 @@ class Alignment:
             self.layer_weights[p.student_layer] * loss for p, loss in zip(self.pairs, means["loss"], strict=True)
         )
         return AlignmentReport(
-            loss=self.config.coefficient * weighted / len(self.pairs),
+            loss=self.coefficient * weighted / max(1, len(self.pairs)),
             student_layers=[pair.student_layer for pair in self.pairs],
             teacher_layers=[pair.teacher_layer for pair in self.pairs],
             layer_loss=means["loss"],

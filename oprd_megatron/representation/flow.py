@@ -44,8 +44,31 @@ class Forward(Protocol):
 Learn = Callable[[Chunk, Delivery, Forward], None]
 """The student's side of a chunk, on its ranks: takes the delivered states and runs the student once."""
 
+OnOutputs = Callable[[int, Chunk, Delivery | None], OnOutput]
+"""(chunk's number, chunk, the teacher's outputs that were delivered) -> what is called with the student's final states, on its
+last stage."""
+
 OnRows = Callable[[int, torch.Tensor, np.ndarray], None]
 """(teacher layer, states [N, D_T], their token numbers [N])."""
+
+
+class OutputSignal(Protocol):
+    """What is looked at of the models' outputs besides their states.
+
+    Attributes:
+        wire: format of what travels of the teacher's; None if nothing does.
+    """
+
+    wire: Wire | None
+
+    def predicted(self, sample: Sample) -> Sequence[int]:
+        """Response tokens (0-based) of a sample whose predictions are looked at."""
+        ...
+
+    def of_teacher(self, chunk: Chunk) -> Callable[[int, torch.Tensor], torch.Tensor]:
+        """(micro-batch, final states [P_local, 1, D_T]) -> what travels [P_local, 1, C], right at least in the rows that
+        this rank sends. Called on the teacher's last stage, on all of its tensor-parallel ranks alike."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -55,17 +78,13 @@ class Passes:
     Attributes:
         train: with backward, into the student's gradients, which are finalised with the last chunk.
         chunks: the student as wrapped for training (mcore's DDP); the bare one if left out.
-        on_teacher_output, on_student_output: for each chunk of the plan, called with the last stage's final states.
-        between: called for each chunk once its states are exchanged, on every rank; may be collective where both models share
-            the ranks.
+        on_outputs: makes, for each chunk, what is called with the student's final states; left out, there is no output loss.
         phase: times teacher, exchange and student.
     """
 
     train: bool = False
     chunks: Sequence[torch.nn.Module] | None = None
-    on_teacher_output: Sequence[OnOutput] | None = None
-    on_student_output: Sequence[OnOutput] | None = None
-    between: Callable[[int], None] = lambda number: None
+    on_outputs: OnOutputs | None = None
     phase: Phase = lambda name: contextlib.nullcontext()
 
 
@@ -81,6 +100,7 @@ class StateFlow:
         project: what the teacher's ranks make of a state first; None sends it as it is.
         micro_batch_size, micro_batch_tokens: as in `run`.
         tapped: states, or updates, of both models.
+        signal: what is looked at of the outputs; None if nothing is.
 
     Attributes:
         sent_bytes, peak_bytes, rounding: of the last `run` on this rank: bytes of states sent, most bytes held at a time, and
@@ -99,13 +119,23 @@ class StateFlow:
         micro_batch_size: int,
         micro_batch_tokens: int | None = None,
         tapped: Tapped = "state",
+        signal: OutputSignal | None = None,
     ) -> None:
+        self.signal = signal
         self.teacher, self.student, self.config, self.platform = teacher, student, config, platform
         self.pairs, self.wire, self.project, self.tapped = pairs, wire, project, tapped
         layouts = teacher.grid.layout, student.grid.layout
-        self.planner = Planner(pairs, *layouts, config, wire.state_bytes, micro_batch_size, micro_batch_tokens)
+        self.output_wire = signal.wire if signal else None
+        self.planner = Planner(
+            pairs, *layouts, config, wire.state_bytes, micro_batch_size, micro_batch_tokens,
+            predicted=signal.predicted if signal else None, output_bytes=self._output_bytes,
+        )  # fmt: skip
         self.sent_bytes = self.peak_bytes = 0
         self.rounding = np.zeros(2)
+
+    @property
+    def _output_bytes(self) -> int:
+        return self.output_wire.state_bytes if self.output_wire else 0
 
     def plan(self, samples: Sequence[Sample]) -> BatchPlan:
         """Chunks of a global batch, arranged and routed."""
@@ -113,27 +143,29 @@ class StateFlow:
 
     def planned_bytes(self, plan: BatchPlan) -> int:
         """Bytes that the exchange moves between ranks, over the whole world."""
-        return sum(chunk.route.total_bytes(self.wire.state_bytes) for chunk in plan.chunks)
+        return sum(chunk.total_bytes(self.wire.state_bytes, self._output_bytes) for chunk in plan.chunks)
 
     def run(self, plan: BatchPlan, learn: Learn, passes: Passes) -> None:
         """Take a batch through teacher, exchange and student. No LM head is called on either model. Collective."""
         teaches, learns, phase = self.teacher.grid.is_member, self.student.grid.is_member, passes.phase
         spool = Spool(
             plan, dist.get_rank(), self.wire, self.config, self.platform,
-            teaches=teaches, learns=learns, project=self.project,
+            teaches=teaches, learns=learns, project=self.project, output_wire=self.output_wire,
         )  # fmt: skip
         for number, chunk in enumerate(plan.chunks):
             with phase("exchange"):
                 delivery = spool.open(number)
             if teaches:
                 with phase("teacher"):
-                    self._teach(chunk, delivery.put, _at(passes.on_teacher_output, number))
+                    self._teach(chunk, delivery.put, self._send_outputs(chunk, spool.outputs(number)))
             with phase("exchange"):
                 spool.exchange(number)
-                passes.between(number)
             if learns:
                 with phase("student"):
-                    learn(chunk, delivery, self._forward(plan, number, passes))
+                    on_output: OnOutput = no_output_loss
+                    if passes.on_outputs:
+                        on_output = passes.on_outputs(number, chunk, spool.outputs(number))
+                    learn(chunk, delivery, self._forward(plan, number, passes, on_output))
                 spool.close(number)
         with phase("exchange"):
             spool.finish()
@@ -162,7 +194,18 @@ class StateFlow:
         with attached_taps(self.teacher, layers, self.config.final_state, on_state, self.tapped):
             run_schedule(self.teacher, self.platform, fed, forward_only=True, on_output=on_output)
 
-    def _forward(self, plan: BatchPlan, number: int, passes: Passes) -> Forward:
+    def _send_outputs(self, chunk: Chunk, delivery: Delivery | None) -> OnOutput:
+        if delivery is None or self.signal is None:
+            return no_output_loss
+        last, of_teacher = self.teacher.grid.layout.num_layers, self.signal.of_teacher(chunk)
+
+        def on_output(micro_batch: int, hidden: torch.Tensor) -> torch.Tensor:
+            delivery.put(last, micro_batch, of_teacher(micro_batch, hidden))
+            return no_output_loss(micro_batch, hidden)
+
+        return on_output
+
+    def _forward(self, plan: BatchPlan, number: int, passes: Passes, on_output: OnOutput) -> Forward:
         chunk = plan.chunks[number]
 
         def forward(layers: Collection[int], on_state: OnState) -> None:
@@ -174,12 +217,8 @@ class StateFlow:
                     fed,
                     forward_only=not passes.train,
                     chunks=passes.chunks,
-                    on_output=_at(passes.on_student_output, number),
+                    on_output=on_output,
                     finalize=number + 1 == len(plan.chunks),
                 )
 
         return forward
-
-
-def _at(callbacks: Sequence[OnOutput] | None, number: int) -> OnOutput:
-    return no_output_loss if callbacks is None else callbacks[number]

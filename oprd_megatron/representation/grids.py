@@ -11,6 +11,7 @@ from oprd_megatron.parallel.layout import GridLayout, check_experts, check_ranks
 from oprd_megatron.representation.batch import Planner, Sample
 from oprd_megatron.representation.bridge import bridge_rank
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
+from oprd_megatron.representation.outputs import Supervised, heads_at, output_wire
 from oprd_megatron.representation.route import moved_tokens
 from oprd_megatron.representation.wire import Wire, wire_name
 
@@ -38,7 +39,7 @@ def resolve_grids(
         teacher_layout = _resolve(config, "teacher", teacher, world_size, stages)
         before, after = (
             sum(
-                chunk.route.total_bytes(p.state_bytes)
+                chunk.total_bytes(p.state_bytes, p.output_bytes)
                 for p in [planner(config, pairs, teacher, layout, student_layout, width)]
                 for chunk in p.plan(longest_samples(config)).chunks
             )
@@ -66,6 +67,8 @@ def planner(
         bridge = config.distill.bridge
         width = bridge_rank(bridge) - config.distill.bridge_head if bridge else teacher.hidden_size
     wire = Wire(wire_name(config.distill, config.teacher.dtype), width)
+    terms, of_teacher = config.output.terms, (config.teacher.dtype, teacher.hidden_size)
+    heads = heads_at(config.output, teacher_layout, student_layout, *of_teacher)
     return Planner(
         pairs,
         teacher_layout,
@@ -74,6 +77,8 @@ def planner(
         wire.state_bytes,
         config.run.micro_batch_size,
         config.run.micro_batch_tokens,
+        predicted=Supervised(terms) if terms else None,
+        output_bytes=output_wire(terms, heads, *of_teacher).state_bytes if terms else 0,
     )
 
 

@@ -21,12 +21,13 @@ Legend: P_local tokens of the pack on this rank; D width; N supervised rows of t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.utils import make_viewless_tensor
+from torch.nn.functional import cosine_similarity
 
 from oprd_megatron.parallel.grid import Grid
 from oprd_megatron.representation.exchange import Delivery
@@ -81,6 +82,7 @@ class Aligner:
         how: normalisation.
         device: of the hidden states.
         space: in which states are compared.
+        on_cosines: called once for each layer and micro-batch with (token numbers [N], cosines [N]).
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class Aligner:
         how: Normalize,
         device: torch.device,
         space: Space,
+        on_cosines: Callable[[np.ndarray, torch.Tensor], None] | None = None,
     ) -> None:
+        self.on_cosines = on_cosines
         self.teacher_layer = {pair.student_layer: pair.teacher_layer for pair in pairs}
         self.delivery, self.scale, self.how, self.space = delivery, scale, how, space
         self.tp_group = grid.groups.tp
@@ -123,6 +127,8 @@ class Aligner:
             target = self._target(layer, micro_batch, compared)
             inside = self.space.inside(layer, states)
             self._sums[micro_batch, layer] = alignment_sums(compared, target, self.how, inside)
+            if self.on_cosines:
+                self.on_cosines(rows.own_tokens, cosine_similarity(compared, target, dim=-1))
         if not torch.is_grad_enabled():
             return None
         injected = InjectRowLoss.apply(hidden, self.space.trained(layer), self, layer, micro_batch)

@@ -65,11 +65,13 @@ def layer_set(layers: str | list[int], num_layers: int) -> list[int]:
 
 
 def resolve_layer_pairs(config: DistillConfig, num_student_layers: int, num_teacher_layers: int) -> list[LayerPair]:
-    """The supervised pairs of a run, by ascending student layer.
+    """The supervised pairs of a run, by ascending student layer; none with `mode: none`.
 
     Raises:
         ConfigError: a layer out of range, a supervised layer without a teacher layer, or a map file that cannot be read.
     """
+    if config.space == "none":
+        return []
     if config.layer_map == "proportional":
         chosen = layer_set(config.layers, num_student_layers)
         return [LayerPair(layer, proportional_layer(layer, num_student_layers, num_teacher_layers)) for layer in chosen]

@@ -20,6 +20,8 @@ def layer_weights(config: DistillConfig, pairs: Sequence[LayerPair], progress: f
     Raises:
         ConfigError: a list of another length, weights that are all 0, or `score` without a measured map.
     """
+    if not pairs:
+        return {}
     first = _normalised("distill.layer_weights", config.layer_weights, pairs)
     last = first
     if config.final_layer_weights is not None:

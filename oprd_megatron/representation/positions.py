@@ -2,14 +2,20 @@
 
 A sequence is prompt + response; indices are 0-based within it. Response token y_t (t = 1..T) sits at index
 `prompt_length + t - 1`. The state AT y_t, after reading it, has the same index: that is the `token` anchor, the authors'
-slice [-T:]. The state that PREDICTS y_t is one earlier: the `predictor` anchor.
+slice [-T:]. The state that PREDICTS y_t is one earlier: the `predictor` anchor. Next-token distributions of y_t are always
+made of that one: logits at index i are of the token at i + 1.
 
 Right padding comes after the response and is never supervised.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from oprd_megatron.config.schema import DistillConfig
+
+Which = Literal["all", "last", "last_k", "first_k"]
 
 
 def supervised_positions(prompt_length: int, response_length: int, config: DistillConfig) -> range:
@@ -25,6 +31,20 @@ def supervised_positions(prompt_length: int, response_length: int, config: Disti
 
 def choose(count: int, config: DistillConfig) -> range:
     """Which of `count` tokens that could be supervised, in order, are."""
-    k = {"all": count, "last": min(1, count)}.get(config.positions, min(config.k, count))
-    first = 0 if config.positions == "first_k" else count - k
-    return range(first, first + k)
+    return some_of(count, config.positions, config.k)
+
+
+def some_of(count: int, which: Which, k: int) -> range:
+    """all of `count`, the last, or min(k, count) at the end or beginning."""
+    kept = {"all": count, "last": min(1, count)}.get(which, min(k, count))
+    first = 0 if which == "first_k" else count - kept
+    return range(first, first + kept)
+
+
+def predicting_positions(prompt_length: int, response_indices: Sequence[int]) -> list[int]:
+    """Sequence indices of the states whose logits are of these response tokens (0-based within the response).
+
+    The prompt must not be empty: nothing would predict y_1.
+    """
+    assert prompt_length > 0 or 0 not in response_indices
+    return [prompt_length - 1 + index for index in response_indices]

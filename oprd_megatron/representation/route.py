@@ -131,6 +131,12 @@ class Route:
         return dict(held)
 
 
+_COLUMNS = (
+    "starts", "stops", "first_row", "source", "destination", "teacher_stage", "student_stage", "teacher_micro_batch",
+    "student_micro_batch", "num_layers",
+)  # fmt: skip
+
+
 def plan_route(
     pairs: Sequence[LayerPair],
     teacher: GridLayout,
@@ -149,16 +155,15 @@ def plan_route(
     block_starts = _starts(groups.keys_by_token[:4])
     first_rows = groups.starts - block_starts[np.searchsorted(block_starts, groups.starts, side="right") - 1]
     layers = layers_between(pairs, teacher, student)
-    columns: dict[str, list[np.ndarray]] = defaultdict(list)
+    columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, dtype=np.int64)] for name in _COLUMNS}
     for (teacher_stage, student_stage), moved in layers.items():
         source, destination = groups.endpoints(teacher, teacher_stage, student, student_stage)
-        for name, values in (
-            ("starts", groups.starts), ("stops", groups.stops), ("first_row", first_rows), ("source", source),
-            ("destination", destination), ("teacher_stage", np.full_like(source, teacher_stage)),
-            ("student_stage", np.full_like(source, student_stage)), ("teacher_micro_batch", groups.keys[6]),
-            ("student_micro_batch", groups.keys[2]), ("num_layers", np.full_like(source, len(moved))),
-        ):  # fmt: skip
-            columns[name].append(values)
+        values = (
+            groups.starts, groups.stops, first_rows, source, destination, np.full_like(source, teacher_stage),
+            np.full_like(source, student_stage), groups.keys[6], groups.keys[2], np.full_like(source, len(moved)),
+        )  # fmt: skip
+        for name, column in zip(_COLUMNS, values, strict=True):
+            columns[name].append(column)
     return Route(order=groups.order, layers=layers, **{name: np.concatenate(parts) for name, parts in columns.items()})
 
 

@@ -1,11 +1,12 @@
 """Supervised rows of a micro-batch as index tensors on this rank, and how their values are gathered over tensor parallelism.
 
-Legend: N rows of this rank, D width.
+Legend: N rows of this rank, P_local tokens of the pack on it, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,3 +71,44 @@ def gather_rows(mine: torch.Tensor, rows_by_rank: tuple[torch.Tensor, ...], grou
     gathered = [torch.empty_like(padded) for _ in rows_by_rank]
     dist.all_gather(gathered, padded, group=group)
     return torch.cat([block[: len(rows)] for block, rows in zip(gathered, rows_by_rank, strict=True)])
+
+
+def selected_rows(hidden: torch.Tensor, rows: BlockRows, group: dist.ProcessGroup) -> torch.Tensor:
+    """The supervised rows of a micro-batch on every tensor-parallel rank, in the order of `rows.tokens`.
+
+    Backward expects a gradient that is whole and equal on all ranks of `group`. Where hidden states are replicated it is
+    passed on as it is, whole on every rank; under sequence parallelism each rank takes its own rows of it.
+
+    Args:
+        hidden: [P_local, 1, D], any float dtype; the last stage's output.
+        rows: of this micro-batch.
+        group: tensor-parallel group. Collectives: under sequence parallelism one all-gather of the rows in forward; else
+            none. Backward: none.
+
+    Returns:
+        [N, D], dtype of `hidden`, connected to it also for N = 0.
+    """
+    flat = hidden.flatten(0, 1)
+    if rows.replicated:
+        return flat.index_select(0, torch.cat(rows.by_rank))
+    return GatherSequenceRows.apply(flat.index_select(0, rows.mine), rows.by_rank, group)
+
+
+class GatherSequenceRows(torch.autograd.Function):
+    """`gather_rows`, whose backward keeps this rank's rows of a gradient that is the same on all ranks. (mcore's gather from
+    the sequence-parallel region would reduce-scatter, for partial gradients.)
+
+    Forward: one all-gather over the group. Backward: no collectives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, mine: torch.Tensor, by_rank: tuple[torch.Tensor, ...], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        start = sum(len(rows) for rows in by_rank[: group.rank()])
+        ctx.own = slice(start, start + len(mine))
+        return gather_rows(mine, by_rank, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        return gradient[ctx.own], None, None

@@ -214,10 +214,14 @@ def add_state_maps(
     return weights
 
 
+def state_maps(chunk: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
+    """{student layer: W} of a chunk; empty where none were added."""
+    maps = getattr(chunk, MODULE, None)
+    return {} if maps is None else {int(layer): state_map.weight for layer, state_map in maps.items()}
+
+
 def add_over_tensor_parallel(chunk: torch.nn.Module, group: dist.ProcessGroup) -> None:
     """Sum the gradients of a chunk's maps over tensor-parallel ranks, each of which has those of its own rows. Collective:
     one all-reduce for each map. Before mcore's reduction over data-parallel ranks."""
-    maps = getattr(chunk, MODULE, None)
-    if maps is not None and group.size() > 1:
-        for parameter in maps.parameters():
-            dist.all_reduce(parameter.main_grad, group=group)
+    for weight in state_maps(chunk).values() if group.size() > 1 else ():
+        dist.all_reduce(weight.main_grad, group=group)  # type: ignore[attr-defined]

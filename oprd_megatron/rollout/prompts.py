@@ -17,9 +17,9 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd_megatron.config.schema import PromptsConfig
+from oprd_megatron.config.schema import PromptsConfig, template_fields
 from oprd_megatron.errors import DataError
-from oprd_megatron.rollout.prompt_files import Place, Row, read_field
+from oprd_megatron.rollout.prompt_files import Place, Row, read_fields
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class Prompt:
     token_ids: tuple[int, ...]
     """With the chat template, if one was applied."""
     teacher_ids: tuple[int, ...] = ()
-    """The same for a teacher with another tokenizer and chat template; empty where both read the same ids."""
+    """The same for a teacher with another tokenizer or with privileged text; empty where both read the same ids."""
 
 
 def load_prompts(
     config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None = None
 ) -> list[Prompt]:
-    """Read, wrap and tokenise a file of prompts, for a `teacher` with another tokenizer too.
+    """Read, wrap and tokenise a file of prompts, also for a `teacher` with another tokenizer or `teacher_template`.
 
     `config.limit` counts rows of the file and stops the reading there. Equal rows are tokenised once and share their
     ids (the published DAPO-Math-17k repeats each prompt about 100 times: 1.79 million rows).
@@ -53,8 +53,10 @@ def load_prompts(
         DataError: the file cannot be read, a prompt is malformed (the message names its line), or none is left.
     """
     path = config.path
-    readers = [tokenizer] if teacher is None else [tokenizer, teacher]
-    for reader in readers if config.chat_template else []:
+    readers: list[tuple[PreTrainedTokenizerBase, str | None]] = [(tokenizer, None)]
+    if teacher is not None or config.teacher_template is not None:
+        readers.append((teacher or tokenizer, config.teacher_template))
+    for reader, _ in readers if config.chat_template else []:
         if reader.chat_template is None:
             whose = "" if teacher is None else " of the student" if reader is tokenizer else " of the teacher"
             raise DataError(
@@ -63,18 +65,19 @@ def load_prompts(
             )
     prompts: list[Prompt] = []
     known: list[dict[str, tuple[int, ...]]] = [{} for _ in readers]
-    rows = islice(read_field(path, config.field), config.limit)
+    fields = [config.field, *(name for name in template_fields(config.teacher_template or "") if name != "prompt")]
+    rows = islice(read_fields(path, fields), config.limit)
     num_rows = 0
     while chunk := list(islice(rows, TOKENIZE_AT_ONCE)):
         num_rows += len(chunk)
         ids = []
-        for reader, seen in zip(readers, known, strict=True):
-            shown, wrapped = zip(*(_texts(row, config, reader) for row in chunk), strict=True)
+        for (reader, template), seen in zip(readers, known, strict=True):
+            wrapped = tuple(_text(row, config, reader, template) for row in chunk)
             _tokenize(wrapped, seen, reader, special=not config.chat_template)
             ids.append([seen[text] for text in wrapped])
-        for text, *read in zip(shown, *ids, strict=True):
+        for row, *read in zip(chunk, *ids, strict=True):
             if max(map(len, read)) <= config.max_tokens:
-                prompts.append(Prompt(len(prompts), text, *read))
+                prompts.append(Prompt(len(prompts), _shown(row, config), *read))
     if num_rows == 0:
         raise DataError(f"{path}: holds no prompts")
     if not prompts:
@@ -131,20 +134,33 @@ class PromptSource:
         return self.prompts[prompt_order(len(self.prompts), self.seed, epoch)[slot]]
 
 
-def _texts(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(text to show, text to tokenise) of one row."""
-    place, value = row
-    messages = _messages(value, place, config.field)
-    shown = (
-        messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
-    )
+def _shown(row: Row, config: PromptsConfig) -> str:
+    """A row's prompt, to show."""
+    place, values = row
+    messages = _messages(values[config.field], place, config.field)
+    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def _text(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """A row's prompt to tokenise, its last message put into `template` if there is one."""
+    place, values = row
+    messages = _messages(values[config.field], place, config.field)
+    if template is not None:
+        messages[-1] = {**messages[-1], "content": _filled(template, messages[-1]["content"], values, place)}
     if config.chat_template:
-        return shown, _wrap(messages, place, tokenizer)
-    if not isinstance(value, str):
+        return _wrap(messages, place, tokenizer)
+    if not isinstance(values[config.field], str):
         raise DataError(
             f"{place}: {config.field!r} is a list of chat messages; set chat_template: true, or give a string"
         )
-    return shown, value
+    return messages[0]["content"]
+
+
+def _filled(template: str, prompt: str, values: dict[str, Any], place: Place) -> str:
+    try:
+        return template.format(**{**values, "prompt": prompt})
+    except (LookupError, AttributeError, ValueError, TypeError) as error:
+        raise DataError(f"{place}: teacher_template cannot be filled in ({error}); look at the row's fields") from None
 
 
 def _messages(value: Any, place: Place, field: str) -> list[Message]:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-from checkpoints_conversion import Architecture, HFReader, check_model, mappings_for
+from checkpoints_conversion import Architecture, HFReader, check_model, mappings_for, read_architecture
 from oprd_megatron.config import RunConfig
 from oprd_megatron.models import DTYPES
 from oprd_megatron.platform import select_platform
-from oprd_megatron.rollout.engine import SamplingParams, make_requests
+from oprd_megatron.rollout.engine import make_requests
 from oprd_megatron.rollout.hf_engine import HFEngine
-from oprd_megatron.rollout.prompts import PromptSource, load_prompts
+from oprd_megatron.rollout.on_policy import OnPolicy
+from oprd_megatron.rollout.prompts import load_prompts
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
 
 
@@ -30,21 +31,23 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int) -> i
     architecture = check_model(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
     check_tokenizer(tokenizer, architecture.vocab_size, hf_dir)
-    section = config.rollout
-    source = PromptSource(load_prompts(section.prompts, tokenizer), config.run.seed)
+    section, teacher, vocab_size = config.rollout, None, architecture.vocab_size
+    if config.distill.cross_tokenizer:
+        teacher = load_tokenizer(config.teacher.path)  # prompts that are too long for it are left out
+    else:
+        vocab_size = min(vocab_size, read_architecture(config.teacher.path).vocab_size)
+    prompts = load_prompts(section.prompts, tokenizer, teacher)
     engine = HFEngine(
         hf_dir, DTYPES[config.student.dtype], select_platform(config.run.device).device, section.batch_size
     )
     engine.update_weights(0, _tensors(hf_dir, architecture))
-    params = SamplingParams(
-        section.temperature, section.top_p, section.max_response_tokens, tuple(section.stop), config.run.seed
-    )
+    text = OnPolicy(config, prompts, engine, vocab_size)
     staging, count = out.with_name(out.name + ".tmp"), 0
     with staging.open("w") as file:
         for step in trange(steps, desc="rollouts", unit="step"):
-            prompts = source.batch(step, section.prompts_per_step)
-            texts = {prompt.index: prompt.text for prompt in prompts}
-            for rollout in engine.generate(make_requests(prompts, section.responses_per_prompt), params, step):
+            batch = text.source.batch(step, section.prompts_per_step)
+            texts = {prompt.index: prompt.text for prompt in batch}
+            for rollout in engine.generate(make_requests(batch, section.responses_per_prompt), text.params, step):
                 line = {
                     "step": step,
                     "sample_index": rollout.sample_index,

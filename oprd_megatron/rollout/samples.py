@@ -1,7 +1,8 @@
 """From rollouts to what both models read.
 
-With one tokenizer both read the student's ids. With two, the teacher reads the prompt in its own chat template and the
-response's text in its own tokens, and only states after the same byte are compared.
+With one tokenizer both read the student's ids; a teacher with privileged text reads another prompt before them. With two, the
+teacher reads the prompt in its own chat template and the response's text in its own tokens, and only states after the same
+byte are compared.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class SampleMaker:
             DataError: fewer tokens are aligned than `min_aligned` asks for.
         """
         if self.to_teacher is None:
-            return [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+            read = [self.prompts[rollout.prompt_index].teacher_ids or None for rollout in rollouts]
+            return [
+                Sample(rollout.prompt_ids, rollout.response_ids, teacher_prompt_ids=ids)
+                for rollout, ids in zip(rollouts, read, strict=True)
+            ]
         samples, aligned, tokens = [], 0, 0
         for rollout in rollouts:
             both = self.to_teacher.response(rollout.response_ids)
@@ -75,7 +80,11 @@ class SampleMaker:
     def of_teacher(self, rollouts: Sequence[Rollout]) -> list[Sample]:
         """Samples of the teacher's responses, which the student reads in its tokens."""
         if self.to_student is None:
-            return [Sample(rollout.prompt_ids, rollout.response_ids) for rollout in rollouts]
+            asked = [self.prompts[rollout.prompt_index] for rollout in rollouts]
+            return [
+                Sample(prompt.token_ids, rollout.response_ids, teacher_prompt_ids=prompt.teacher_ids or None)
+                for rollout, prompt in zip(rollouts, asked, strict=True)
+            ]
         samples = []
         for rollout in rollouts:
             both = self.to_student.response(rollout.response_ids)  # here the writer is the teacher

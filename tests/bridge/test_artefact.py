@@ -123,21 +123,19 @@ def test_the_description_reads_well(tmp_path: Path) -> None:
     assert json.loads("".join(lines))["ranks"]["3"] == {"cosine": 0.5, "explained_variance": 0.2}
 
 
-def test_an_existing_bridge_is_kept_unless_asked(tmp_path: Path) -> None:
-    """Neither file of a bridge is replaced by accident, and both are when that is wanted."""
+def test_an_existing_bridge_is_kept(tmp_path: Path) -> None:
+    """Neither file of a bridge is replaced."""
     path = written(tmp_path)
     before = path.read_bytes(), info_file(path).read_bytes()
     assert "is there already" in message(write_bridge, path, make_bridge(), make_info())
+    assert (path.read_bytes(), info_file(path).read_bytes()) == before
     path.unlink()
     assert "x.json: is there already" in message(write_bridge, path, make_bridge(), make_info())
-    write_bridge(path, make_bridge(), make_info(), overwrite=True)
-    assert (path.read_bytes(), info_file(path).read_bytes()) == before
-    write_bridge(path, make_bridge(), make_info(fit={"rows": 1}), overwrite=True)
-    assert read_info(path).fit == {"rows": 1}
+    assert info_file(path).read_bytes() == before[1] and not path.exists()
 
 
 def test_a_crash_leaves_nothing_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the two files: a new bridge has no json, a replaced one has that of the old one. Both are refused."""
+    """Between the two files: a bridge has no json, or, where its file was copied, that of another one. Both are refused."""
     import oprd_megatron.bridge.artefact as module
 
     def crash(*_: Any) -> None:
@@ -148,12 +146,13 @@ def test_a_crash_leaves_nothing_that_is_read(tmp_path: Path, monkeypatch: pytest
         patch.setattr(module, "write_atomically", crash)
         assert "No space left" in message(write_bridge, path, make_bridge(), make_info())
     assert "x.json: missing" in message(read_info, path)
-    write_bridge(path, make_bridge(), make_info(), overwrite=True)
+    path.unlink()
+    write_bridge(path, make_bridge(), make_info())
     other = make_bridge()
     other.means[1].add_(1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_atomically", crash)
-        message(write_bridge, path, other, make_info(), overwrite=True)
+    write_bridge(tmp_path / "other.safetensors", other, make_info())
+    (tmp_path / "other.safetensors").replace(path)
+    info_file(tmp_path / "other.safetensors").unlink()
     assert "another sha256" in message(read_info, path)
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fsync", crash)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from oprd_megatron.config import RunConfig, dump_config, load_config, parse_config
+from oprd_megatron.config.base import sections_in
 from oprd_megatron.config.schema import EvalConfig, ParallelConfig, PromptsConfig
 from oprd_megatron.errors import ConfigError
 
@@ -47,7 +48,7 @@ DEFAULTS = {
         "device": "auto",
         "export": True,
     },
-    "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False},
+    "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False, "ema_decay": None},
     "student": {
         "path": "student",
         "dtype": "bf16",
@@ -63,6 +64,7 @@ DEFAULTS = {
             "limit": None,
             "chat_template": True,
             "max_tokens": 1024,
+            "teacher_template": None,
         },
         "prompts_per_step": 8,
         "responses_per_prompt": 2,
@@ -86,7 +88,6 @@ DEFAULTS = {
         "final_state": "post_norm",
         "normalize": "auto",
         "coefficient": 1.0,
-        "opd_coefficient": 0.0,
         "mode": "auto",
         "bridge": None,
         "bridge_head": 0,
@@ -96,6 +97,7 @@ DEFAULTS = {
         "spool_bytes": None,
         "spool": "device",
     },
+    "output": {"terms": [], "teacher_head": "auto", "chunk_tokens": 256},
     "bridge": {
         "rank": 8,
         "max_rank": 256,
@@ -128,7 +130,7 @@ DEFAULTS = {
     },
     "checkpoint": {"every": 50, "keep": None, "resume": "auto"},
     "eval": None,
-    "logging": {"tensorboard": True, "progress": True},
+    "logging": {"tensorboard": True, "progress": True, "gradient_norms_every": 0},
 }
 EVAL_DEFAULTS = {"every": 10, "max_response_tokens": 64, "temperature": 1.0, "micro_batch_size": 4, "samples": 3}
 EVERYTHING = {
@@ -162,7 +164,7 @@ EVERYTHING = {
     },
     "rollout": {
         "prompts": {"path": "p.parquet", "field": "q", "limit": 7, "chat_template": False},
-        "temperature": 0,
+        "temperature": 0.5,
         "top_p": 0.95,
         "stop": ["\n\n", "null", "12", "1e5", "ж"],
         "probe_tolerance": 1e-3,
@@ -171,23 +173,37 @@ EVERYTHING = {
         "layers": [1, 4],
         "layer_map": {1: 2, 4: 4},
         "normalize": "l2",
-        "coefficient": 300,
+        "coefficient": [[0, 300], [0.5, 300], [0.5, 0]],
         "bridge": "bridge.safetensors",
         "bridge_head": 2,
         "mode": "low_rank_residual",
         "monotone_map": True,
         "layer_weights": [1, 0.5],
         "final_layer_weights": "depth",
-        "opd_coefficient": 0.1,
         "wire": "fp8",
         "spool_bytes": "1.5GiB",
         "spool": "host",
+    },
+    "output": {
+        "terms": [
+            {"kind": "sampled", "estimator": "k3", "temperature": 0.5, "weight": 2},
+            {"kind": "topk", "name": "near", "k": 4, "support": "union", "rest": "tail", "positions": "first_k"},
+            {
+                "kind": "full",
+                "divergence": "jensen_shannon",
+                "mixing": 0.1,
+                "weight": [[0.25, 0], [1, 3]],
+                "first_or_last": 9,
+            },
+        ],
+        "teacher_head": "student",
+        "chunk_tokens": 64,
     },
     "bridge": {"rank": 4, "projector": "mlp", "solver": "sgd", "refit_every": 50, "warn_drop": 0.2},
     "optimizer": {"lr": 3e-7, "min_lr": 1e-7, "betas": [0.8, 0.95], "eps": 1e-12, "distributed": True},
     "checkpoint": {"every": 0, "keep": 2, "resume": "never"},
     "eval": {"prompts": {"path": "held_out.json"}, "every": 0},
-    "logging": {"tensorboard": False, "progress": False},
+    "logging": {"tensorboard": False, "progress": False, "gradient_norms_every": 10},
 }
 
 
@@ -208,12 +224,11 @@ def message(folder: Path, overrides: list[str], values: Any = MINIMAL) -> str:
 
 
 def sections(model: type[BaseModel]) -> set[type[BaseModel]]:
-    """This section and those inside it."""
+    """This section and those inside it, also those of a list that `kind` tells apart."""
     found = {model}
     for field in model.model_fields.values():
-        for member in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(member, type) and issubclass(member, BaseModel):
-                found |= sections(member)
+        for member in sections_in(field.annotation):
+            found |= sections(member)
     return found
 
 
@@ -227,7 +242,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 14
+    assert len(models) == 18
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
@@ -272,6 +287,8 @@ def test_dump_and_load_are_inverse(tmp_path: Path, values: dict) -> None:
         ("distill.spool_bytes=4096", 4096),
         ("distill.wire=fp8", "fp8"),
         ("distill.bridge=bridge.safetensors", Path("bridge.safetensors")),
+        ("distill.coefficient=[[0, 1], [1, 0]]", [(0.0, 1.0), (1.0, 0.0)]),
+        ("output.chunk_tokens=64", 64),
         ("run.micro_batch_tokens=8192", 8192),
     ],
 )
@@ -425,8 +442,11 @@ def test_keys_that_agree_pass(tmp_path: Path, overrides: list[str]) -> None:
         ("distill.layer_map={1: 0}", "distill.layer_map", "greater than 0 (got 0)"),
         ("optimizer.lr=.inf", "optimizer.lr", "finite"),
         ("distill.coefficient=-1", "distill.coefficient", "-1"),
-        ("distill.coefficient=0", "distill", "opd_coefficient are both 0"),
-        ("distill.opd_coefficient=-1", "distill.opd_coefficient", "-1"),
+        ("distill.coefficient=much", "distill.coefficient", "'much'"),
+        ("output.chunk_tokens=0", "output.chunk_tokens", "0"),
+        ("output.teacher_head=both", "output.teacher_head", "'both'"),
+        ("output.terms=3", "output.terms", "list (got 3)"),
+        ("logging.gradient_norms_every=-1", "logging.gradient_norms_every", "-1"),
         ("distill.layer_weights=middle", "distill.layer_weights", "'middle'"),
         ("distill.layer_weights=[1, -1]", "distill.layer_weights", "-1"),
         ("distill.layer_weights=[1, .inf]", "distill.layer_weights", "finite"),

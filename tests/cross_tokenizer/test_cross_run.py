@@ -90,7 +90,7 @@ def one_step(values: Values) -> dict[str, Any]:
     held_out, trainer = HeldOut(checked, teacher, student, platform), Trainer(checked, teacher, student, platform)
     trainer.sync(0)
     return {
-        "evaluation": evaluate(held_out.alignment, held_out.answers, 0),
+        "evaluation": evaluate(held_out.alignment, held_out.outputs, held_out.answers, 0),
         "answers": held_out.answers,
         "rollouts": trainer.text.rollouts(0),
         "record": trainer.step(0),
@@ -127,7 +127,9 @@ def test_a_step_equals_the_plain_reference(tmp_path: Path, anchor: str) -> None:
             assert record["loss"] == pytest.approx(expected, rel=1e-6)
             assert record["supervised_tokens"] == sum(len(pairs) for _, _, pairs in texts)
             assert record["aligned_fraction"] == pytest.approx(aligned / sum(len(r.response_ids) for r in rollouts))
-            assert evaluation["kl"] is None and evaluation["tokens"] == figures["tokens"]
+            assert all(evaluation[name] is None for name in ("kl", "teacher_entropy", "top_overlap"))
+            assert evaluation["tokens"] == figures["tokens"]
+            assert evaluation["student_entropy"] == pytest.approx(figures["student_entropy"], rel=1e-5)
             assert evaluation["cross_entropy"] == pytest.approx(figures["cross_entropy"], rel=1e-5)
             assert evaluation["layers"]["cosine"] == pytest.approx(figures["cosine"], rel=1e-5, abs=1e-7)
 
@@ -141,10 +143,11 @@ def partly_aligned(values: Values) -> list[Any]:
     held_out = HeldOut(checked, teacher, student, platform)
     bare = [replace(answer, kept=()) for answer in held_out.answers]
     found: list[Any] = [
-        evaluate(held_out.alignment, answers, 0) for answers in (held_out.answers[:2], held_out.answers[:2] + bare[2:])
+        evaluate(held_out.alignment, held_out.outputs, answers, 0)
+        for answers in (held_out.answers[:2], held_out.answers[:2] + bare[2:])
     ]
     with pytest.raises(DataError) as caught:
-        evaluate(held_out.alignment, bare, 0)
+        evaluate(held_out.alignment, held_out.outputs, bare, 0)
     return [*found, str(caught.value)]
 
 
@@ -160,11 +163,12 @@ def test_answers_without_a_pair_do_not_stop_the_evaluation(tmp_path: Path) -> No
 def held_out_figures(
     values: Values, texts: Sequence[tuple[Sequence[int], Sequence[int], list[Pair]]], config: DistillConfig
 ) -> dict[str, Any]:
-    """Cross-entropy over the student's response tokens and the cosine of each pair of layers, one answer at a time."""
+    """Cross-entropy and entropy over the student's response tokens and the cosine of each pair of layers, one answer at a
+    time."""
     teacher, student = load_models(values)
     pairs = resolve_layer_pairs(config, student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     prompts = [json.loads(line)["prompt"] for line in Path(values["eval"]["prompts"]["path"]).read_text().splitlines()]
-    cross_entropy, tokens, cosines, count = 0.0, 0, [0.0] * len(pairs), 0
+    cross_entropy, entropy, tokens, cosines, count = 0.0, 0.0, 0, [0.0] * len(pairs), 0
     for prompt, (theirs, mine, aligned) in zip(prompts, texts, strict=True):
         outputs = [
             model(torch.tensor([ids]), output_hidden_states=True) for model, ids in ((teacher, theirs), (student, mine))
@@ -172,6 +176,7 @@ def held_out_figures(
         start = len(words(values, prompt, 1))
         log_q = outputs[1].logits[0, start - 1 : -1].double().log_softmax(-1)
         cross_entropy -= log_q.gather(-1, torch.tensor(mine[start:])[:, None]).sum().item()
+        entropy -= (log_q.exp() * log_q).sum().item()
         tokens += len(mine) - start
         supervised = chosen(aligned, config)
         count += len(supervised)
@@ -179,7 +184,12 @@ def held_out_figures(
             h_t = outputs[0].hidden_states[pair.teacher_layer][0, [t for t, _ in supervised]]
             h_s = outputs[1].hidden_states[pair.student_layer][0, [s for _, s in supervised]]
             cosines[index] += cosine_similarity(h_s, h_t, dim=-1).sum().item()
-    return {"tokens": tokens, "cross_entropy": cross_entropy / tokens, "cosine": [total / count for total in cosines]}
+    return {
+        "tokens": tokens,
+        "cross_entropy": cross_entropy / tokens,
+        "student_entropy": entropy / tokens,
+        "cosine": [total / count for total in cosines],
+    }
 
 
 def test_a_run_trains_resumes_and_reports(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Held-out evaluation: KL, cross-entropy and cosine against plain Hugging Face arithmetic on the same answers."""
+"""Held-out evaluation: KL, cross-entropy, entropies, overlap and cosine against plain Hugging Face arithmetic."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 
-import oprd_megatron.objectives.final_states
+import oprd_megatron.evaluation.outputs
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.evaluation.held_out import HeldOut, evaluate
+from oprd_megatron.evaluation.outputs import TOP, OutputMeasures
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
@@ -25,7 +26,7 @@ from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.weight_sync import sync_weights
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
-from tests.training.runs import changed, with_layout
+from tests.training.runs import changed, num_ranks, with_layout
 
 LAYOUTS = {
     "single": {},
@@ -47,11 +48,13 @@ def answers(vocab: int) -> list[Sample]:
 
 
 def scored(values: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
-    oprd_megatron.objectives.final_states.CHUNK_TOKENS = 5  # logits of a few tokens at a time
+    oprd_megatron.evaluation.outputs.CHUNK_TOKENS = 5  # logits of a few tokens at a time
     config = parse_config(values, "test")
     platform = select_platform("cpu")
     teacher, student = build_models(preflight(config, dist.get_world_size()), platform)
-    return evaluate(Alignment(teacher, student, config.distill, platform, 2), samples, step=3)
+    outputs = OutputMeasures(teacher, student, platform.device, comparable=True)
+    alignment = Alignment(teacher, student, config.distill, platform, 2, signal=outputs.signal)
+    return evaluate(alignment, outputs, samples, step=3)
 
 
 def reference(values: dict[str, Any], samples: list[Sample], vocab: int) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def reference(values: dict[str, Any], samples: list[Sample], vocab: int) -> dict
               for name in ("teacher", "student")]  # fmt: skip
     pairs = resolve_layer_pairs(distill, *(model.config.num_hidden_layers for model in reversed(models)))
     divergence = cross_entropy = 0.0
+    entropies, overlap = [0.0, 0.0], 0.0
     tokens, cosines, supervised = 0, [0.0] * len(pairs), 0
     for sample in samples:
         prompt, response = len(sample.prompt_ids), len(sample.response_ids)
@@ -71,6 +75,9 @@ def reference(values: dict[str, Any], samples: list[Sample], vocab: int) -> dict
         log_p, log_q = (output.logits[0, prompt - 1 : -1, :vocab].double().log_softmax(-1) for output in outputs)
         divergence += (log_p.exp() * (log_p - log_q)).sum().item()
         cross_entropy -= log_q.gather(-1, torch.tensor(sample.response_ids)[:, None]).sum().item()
+        entropies = [sum_ - (log.exp() * log).sum().item() for sum_, log in zip(entropies, (log_p, log_q), strict=True)]
+        tops = [log.topk(TOP).indices.tolist() for log in (log_p, log_q)]
+        overlap += sum(len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True))
         tokens += response
         positions = list(supervised_positions(prompt, response, distill))
         supervised += len(positions)
@@ -81,6 +88,9 @@ def reference(values: dict[str, Any], samples: list[Sample], vocab: int) -> dict
     return {
         "kl": divergence / tokens,
         "cross_entropy": cross_entropy / tokens,
+        "teacher_entropy": entropies[0] / tokens,
+        "student_entropy": entropies[1] / tokens,
+        "top_overlap": overlap / tokens,
         "tokens": tokens,
         "cosine": [total / supervised for total in cosines],
         "pairs": [(pair.student_layer, pair.teacher_layer) for pair in pairs],
@@ -92,12 +102,10 @@ def check(values: dict[str, Any], layout: dict[str, Any] | None, vocab: int) -> 
     samples = answers(vocab)
     expected = reference(values, samples, vocab)
     values = values if layout is None else with_layout(values, **layout)
-    parallel = values["student"]["parallel"]
-    world = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
-    for record in run_ranks(world, scored, values, samples):
+    for record in run_ranks(num_ranks(values), scored, values, samples):
         assert (record["kind"], record["step"], record["tokens"]) == ("eval", 3, expected["tokens"])
-        assert record["kl"] == pytest.approx(expected["kl"], rel=RELATIVE)
-        assert record["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=RELATIVE)
+        for name in ("kl", "cross_entropy", "student_entropy", "teacher_entropy", "top_overlap"):
+            assert record[name] == pytest.approx(expected[name], rel=RELATIVE), name
         layers = record["layers"]
         assert list(zip(layers["student"], layers["teacher"], strict=True)) == expected["pairs"]
         assert layers["cosine"] == pytest.approx(expected["cosine"], rel=RELATIVE)
@@ -134,6 +142,7 @@ def test_vocabularies_of_different_size(
         ({"dp": 2}, {"tp": 2}),
         ({"tp": 2, "sp": True}, {"dp": 2}),
         ({"tp": 2, "pp": 2}, {"dp": 2, "tp": 2}),
+        ({"ranks": "0-0"}, {"tp": 2, "ranks": "1-2"}),
     ],
     ids=str,
 )

@@ -37,6 +37,11 @@ LONGEST = 48
 """Tokens of every sample."""
 
 
+LINEAR = DistillConfig(
+    mode="linear", layers=[1, 2, 5]
+)  # maps of 80 x 80 numbers, two of them in the student's first half
+
+
 @dataclass(frozen=True)
 class Case:
     """One student on a grid; the teacher has the same grid unless told otherwise."""
@@ -50,6 +55,8 @@ class Case:
     distributed: bool = False
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     pad_heads: bool = False
+    trains_head: bool = False
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     @property
     def parallel(self) -> tuple[ParallelConfig, ParallelConfig]:
@@ -83,6 +90,12 @@ CASES = {
     ),
     "pp2_gemma": Case(ParallelConfig(pp=2), 2, family="gemma3_text"),
     "phi": Case(ParallelConfig(), family="phi3", tied=False),
+    "head_tp2_distributed": Case(ParallelConfig(tp=2), 2, tied=False, distributed=True, trains_head=True),
+    "head_pp2": Case(ParallelConfig(pp=2), 2, family="qwen2", tied=False, trains_head=True),
+    "maps_tp2sp_bf16": Case(ParallelConfig(tp=2, sp=True), 2, dtype="bf16", distill=LINEAR),
+    "maps_pp2_vpp3_distributed": Case(
+        ParallelConfig(pp=2, vpp=3, dp=2), 4, tied=False, distributed=True, distill=LINEAR
+    ),
     "disjoint": Case(ParallelConfig(tp=2, ranks="2-3"), 4, ParallelConfig(pp=2, ranks="0-1")),
 }
 
@@ -194,11 +207,11 @@ def held(folder: Path, case: Case) -> Held:
                 frozen=number == 0, vocab_size=TEACHER_VOCAB, recompute=case.recompute if number else None,
             )
         )  # fmt: skip
-    alignment = Alignment(*models, DistillConfig(), platform, micro_batch_size=1)
+    alignment = Alignment(*models, case.distill, platform, micro_batch_size=1)
     optimizer = None
     if models[1].grid.is_member:
         config = OptimizerConfig(distributed=case.distributed)
-        optimizer = build_optimizer(models[1], config, 10, platform)
+        optimizer = build_optimizer(models[1], config, 10, platform, case.trains_head)
         optimizer.zero_grad()
     weights = [storages(p for chunk in model.chunks for p in chunk.parameters()) for model in models]
     with saved_by_autograd(set(weights[1])) as activations:
@@ -233,10 +246,14 @@ def measured(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Case, list
         case = Case(**{**vars(case), "teacher": case.student.model_copy(update={"layers_per_stage": None})})
     architectures = [read_architecture(tmp_path / name) for name in ("teacher", "student")]
     grids = layouts(case, architectures)
+    maps = {layer: 80 * 80 for layer in (1, 2, 5)} if case.distill == LINEAR else {}
     formulas = [
         ModelMemory(architectures[0], grids[0], case.dtype, TEACHER_VOCAB, trained=False),
-        ModelMemory(architectures[1], grids[1], case.dtype, TEACHER_VOCAB, True, case.distributed, case.recompute),
-    ]
+        ModelMemory(
+            architectures[1], grids[1], case.dtype, TEACHER_VOCAB, True, case.distributed, case.recompute,
+            case.trains_head, maps,
+        ),
+    ]  # fmt: skip
     return case, run_ranks(case.world, held, tmp_path, case), formulas
 
 
@@ -276,7 +293,7 @@ def check_shares(case: Case, ranks: list[Held], student: ModelMemory) -> None:
             size
             for chunk in range(layout.vpp)
             for name, size in student.chunk_parameters(stage, chunk).items()
-            if case.tied or name != "output_layer.weight"
+            if case.tied or case.trains_head or name != "output_layer.weight"
         )
         assert sum(group) == numbers * per_number
         (estimate,) = {student.stages(LONGEST, 4)[stage].optimizer}

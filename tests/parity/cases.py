@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import permutations, product
 from typing import Any
 
+from oprd_megatron.config.output import OutputConfig
 from oprd_megatron.config.schema import DistillConfig, ParallelConfig, RecomputeConfig
 
 PAIRS = {
@@ -38,10 +39,42 @@ MODES: dict[str, dict[str, Any]] = {
     "residual": {"mode": "low_rank_residual", "bridge_head": 2},
     "depth": {"layer_weights": "depth"},
     "listed": {"layer_weights": [0.0, 2.0, 1.0, 0.5], "final_layer_weights": "depth"},
-    "opd": {"opd_coefficient": 0.7},
-    "opdonly": {"coefficient": 0.0, "opd_coefficient": 1.5},
+    "opd": {},
+    "opdonly": {"coefficient": 0.0},
+    "top": {},
+    "unions": {},
+    "few": {},
+    "several": {"coefficient": [[0.0, 1.0], [1.0, 0.2]]},
+    "nostates": {"mode": "none"},
 }
 """What stage 2 adds; a case may have several of them."""
+TERMS: dict[str, list[dict[str, Any]]] = {
+    "opd": [{"kind": "full", "name": "opd", "weight": 0.7}],
+    "opdonly": [{"kind": "full", "name": "opdonly", "weight": 1.5}],
+    "top": [{"kind": "topk", "name": "top", "k": 4}],
+    "unions": [
+        {"kind": "topk", "name": "union", "k": 5, "support": "union", "rest": "tail"},
+        {"kind": "topk", "name": "intersection", "k": 40, "support": "intersection", "weight": 3.0},
+    ],
+    "few": [
+        {"kind": "sampled", "name": "drawn", "weight": 0.5},
+        {"kind": "topk", "name": "theirs", "k": 6, "support": "teacher", "rest": "tail", "positions": "last",
+         "temperature": 0.5},
+        {"kind": "sampled", "name": "ratio", "estimator": "k3", "positions": "first_k", "first_or_last": 4, "weight": 0.2},
+    ],
+    "several": [
+        {"kind": "full", "name": "forward", "divergence": "forward", "temperature": 2.0, "positions": "last_k",
+         "first_or_last": 5, "weight": [[0.0, 2.0], [1.0, 0.5]]},
+        {"kind": "full", "name": "between", "divergence": "jensen_shannon", "mixing": 0.3, "weight": 2.0},
+        {"kind": "sampled", "name": "square", "estimator": "k2", "weight": [[0.0, 0.0], [0.5, 1.0]]},
+    ],
+    "nostates": [
+        {"kind": "full", "name": "alone"},
+        {"kind": "topk", "name": "within", "k": 8, "support": "teacher", "positions": "last_k", "first_or_last": 3},
+    ],
+}  # fmt: skip
+"""Output-space terms that a mode adds."""
+TEACHER_HEAD = {"few": "teacher", "opdonly": "student"}
 
 
 @dataclass(frozen=True)
@@ -67,9 +100,16 @@ class Case:
         return DistillConfig(**keys, bridge=bridge, spool_bytes=self.spool_bytes)
 
     @property
+    def output_config(self) -> OutputConfig:
+        """Logits of five tokens at a time, so that every case has several chunks."""
+        terms = [term for mode in self.modes for term in TERMS.get(mode, [])]
+        heads = [TEACHER_HEAD[mode] for mode in self.modes if mode in TEACHER_HEAD]
+        return OutputConfig.model_validate({"terms": terms, "chunk_tokens": 5, "teacher_head": [*heads, "auto"][0]})
+
+    @property
     def has_bridge(self) -> bool:
         _, _, teacher, student = PAIRS[self.pair]
-        return "linear" not in self.modes and (
+        return {"linear", "nostates"}.isdisjoint(self.modes) and (
             teacher[1] != student[1] or not {"rank", "mlp", "residual"}.isdisjoint(self.modes)
         )
 
@@ -181,7 +221,8 @@ CASES = [parse(text) for text in [*MATRIX, *PAIRED]]
 
 EACH_MODE = [
     "linear", "wide linear", "rank", "wide mlp", "wide residual l2", "depth", "wide listed", "opd", "eight opdonly",
-    "padded opd linear", "wide mlp listed opd",
+    "padded opd linear", "wide mlp listed opd", "top", "padded depth unions", "few", "wide linear few", "rank listed several",
+    "nostates", "wide nostates top",
 ]  # fmt: skip
 IN_EACH = [
     "dp1 > dp1 |", "tp2 > tp2 |", "tp2sp > tp2sp |", "pp2 > pp2 | full", "dp2 > dp2 |", "dp2 > dp2 | distributed",
@@ -195,10 +236,13 @@ FURTHER = [
     "tp4sp > pp4 | eight opd", "pp2 > tp2 | residual full", "cp2 > dp2 | rank pre",
     "tp2 @2-3 > dp2 @0-1 | wide mlp pack=30",
     "dp2 > pp2 vpp2 | padded opdonly full", "tp2sp pp2 > cp2 dp2 | opd l2", "dp4 > tp4 | eight depth opdonly",
+    "dp1 @1-1 > dp1 @0-0 | padded few", "tp2sp @0-1 > cp2 @2-3 | padded several",
+    "pp2 @2-3 > tp2sp @0-1 | wide mlp few spool=9000",
+    "dp1 @0-0 > pp3 [1,1,2] @1-3 | unions", "cp2 @0-1 > tp2sp @2-3 | nostates spool=9000", "tp2sp > tp2sp | experts few",
+    "pp2 vpp2 > dp2 | eight nostates pack=30",
 ]  # fmt: skip
 MODE_CASES = [
-    parse(f"{layout} {mode}")
-    for mode, layout in product(EACH_MODE, IN_EACH)
-    if not ("opd" in mode and "@" in layout)  # refused: OPD needs both models on the same ranks
-] + [parse(text) for text in FURTHER]
+    *(parse(f"{layout} {mode}") for mode, layout in product(EACH_MODE, IN_EACH)),
+    *(parse(text) for text in FURTHER),
+]
 """Every mode in every kind of layout."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from checkpoints_conversion import read_architecture
 from checkpoints_conversion.live.weights import stream_hf_weights
 from oprd_megatron.models import Model, build_model
-from oprd_megatron.objectives.opd import OPD, OPDBatch
+from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.optimizer import build_optimizer, stream_gradients
 from oprd_megatron.parallel import GridLayout, check_ranks, resolve_layout, tp_divisible
 from oprd_megatron.parallel.grid import build_grid, init_mcore_globals
@@ -23,15 +22,15 @@ from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.grids import follow_student
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.space import Linear
-from tests.parity.cases import BRIDGE_RANK, Case
+from tests.parity.cases import BRIDGE_RANK, PAIRS, Case
 from tests.parity.reference import OPTIMIZER, STEPS, Reference, batches
 
 LOSS = 1e-6
 """Relative."""
 GRADIENT = 1e-5
 """Of the largest element of the gradient: fp32 sums in another order."""
-KL_GRADIENT = 2e-5
-"""The same for OPD: p (log p - log q - KL) cancels to a few digits less."""
+OUTPUT_GRADIENT = 2e-5
+"""The same with output-space terms: p (log p - log q - KL), and 1 - q/p of k3, cancel to a few digits less."""
 PARAMETER = 1e-5
 """Absolute, after three steps of lr 1e-3."""
 
@@ -63,8 +62,8 @@ def _fresh_world(stores: Path, number: int) -> None:
     )
 
 
-def build_alignment(folder: Path, case: Case, bridge: str | None) -> Alignment:
-    """Both models of a case on this rank."""
+def build_alignment(folder: Path, case: Case, bridge: str | None) -> tuple[Alignment, OutputLoss | None]:
+    """Both models of a case on this rank, and its output-space terms if it has any."""
     platform, distill = select_platform("cpu"), case.distill_config(bridge)
     directories = [folder / case.pair / name for name in ("teacher", "student")]
     architectures = [read_architecture(path) for path in directories]
@@ -97,35 +96,38 @@ def build_alignment(folder: Path, case: Case, bridge: str | None) -> Alignment:
                 vocab_size=max(architecture.vocab_size for architecture in architectures),
             )
         )  # fmt: skip
-    return Alignment(*models, distill, platform, micro_batch_size=1, micro_batch_tokens=case.micro_batch_tokens)
+    output = OutputLoss(*models, case.output_config, platform.device) if case.output_config.terms else None
+    alignment = Alignment(
+        *models, distill, platform, micro_batch_size=1, micro_batch_tokens=case.micro_batch_tokens,
+        signal=output.signal if output else None,
+    )  # fmt: skip
+    return alignment, output
 
 
 def _check(folder: Path, case: Case, bridge: str | None, reference: Reference) -> list[str]:
-    alignment = build_alignment(folder, case, bridge)
-    student, distill, problems = alignment.student, alignment.config, []
-    optimizer = opd = output = None
-    limit = KL_GRADIENT if distill.opd_coefficient else GRADIENT
+    alignment, output = build_alignment(folder, case, bridge)
+    student, problems = alignment.student, []
+    optimizer = batch = None
+    limit = OUTPUT_GRADIENT if output else GRADIENT
     if student.grid.is_member:
         settings = OPTIMIZER.model_copy(update={"distributed": case.distributed})
-        trains_head = distill.opd_coefficient > 0
-        optimizer = build_optimizer(student, settings, STEPS, alignment.platform, trains_head)
-    if distill.opd_coefficient:
-        opd = OPD(alignment.teacher, student, distill.opd_coefficient, alignment.platform.device)
+        optimizer = build_optimizer(student, settings, STEPS, alignment.platform, trains_head=output is not None)
     for step, samples in enumerate(batches()):
-        alignment.advance(step / (STEPS - 1))
+        progress = step / (STEPS - 1)
+        alignment.advance(progress)
         plan = alignment.plan(samples)
         if optimizer:
             optimizer.zero_grad()
-        passes = Passes(train=True, chunks=optimizer.chunks if optimizer else None)
-        if opd is not None:
-            output = opd.of_batch(plan)
-            passes = _with_output(passes, output)
+        weights = output.weights(progress) if output else {}
+        batch = output.of_batch(plan, weights) if output else None
+        chunks, on_outputs = optimizer.chunks if optimizer else None, batch.on_outputs if batch else None
+        passes = Passes(train=True, chunks=chunks, on_outputs=on_outputs)
         loss = alignment.reduce(alignment.run(plan, passes)).loss
-        if output is not None:
-            loss += distill.opd_coefficient * output.mean_kl()
+        if batch is not None:
+            loss += sum(weights[name] * value for name, value in batch.means().items())
         if abs(loss - reference.losses[step]) > LOSS * abs(reference.losses[step]):
             problems.append(f"loss of step {step}: {loss}, not {reference.losses[step]}")
-        problems += _bytes_problems(alignment, plan)
+        problems += _bytes_problems(alignment, plan, case)
         if step == 0 and optimizer is not None and not case.distributed:
             gradients = {name: tensor.clone() for name, tensor in stream_gradients(student)}
             problems += _differences("gradient", gradients, reference.gradients, relative=limit)
@@ -139,16 +141,6 @@ def _check(folder: Path, case: Case, bridge: str | None, reference: Reference) -
         problems += _differences("parameter", _parameters(student), reference.parameters, absolute=PARAMETER)
         problems += _map_differences("value", alignment, _maps(alignment), reference.maps, absolute=PARAMETER)
     return problems
-
-
-def _with_output(passes: Passes, output: OPDBatch) -> Passes:
-    """As the trainer does it."""
-    return replace(
-        passes,
-        on_teacher_output=output.on_teacher_output,
-        on_student_output=output.on_student_output,
-        between=output.between,
-    )
 
 
 def _maps(alignment: Alignment) -> dict[int, torch.Tensor]:
@@ -168,7 +160,7 @@ def _map_differences(
     return _differences(f"map's {what} of layer", *named, **limits)
 
 
-def _bytes_problems(alignment: Alignment, plan: BatchPlan) -> list[str]:
+def _bytes_problems(alignment: Alignment, plan: BatchPlan, case: Case) -> list[str]:
     sent = torch.tensor([alignment.sent_bytes], dtype=torch.int64)
     dist.all_reduce(sent)
     planned, problems = alignment.planned_bytes(plan), []
@@ -177,21 +169,28 @@ def _bytes_problems(alignment: Alignment, plan: BatchPlan) -> list[str]:
     budget = alignment.config.spool_bytes
     if budget is not None and alignment.peak_bytes > budget:
         problems.append(f"{alignment.peak_bytes} bytes held, {budget} allowed")
-    return problems + _bridge_bytes_problems(alignment, plan, planned)
+    teacher, student = (model.grid.layout for model in (alignment.teacher, alignment.student))
+    if set(teacher.ranks).isdisjoint(student.ranks) and planned != _bytes_apart(alignment, plan, case):
+        problems.append(f"{planned} bytes, not {_bytes_apart(alignment, plan, case)}")
+    return problems
 
 
-def _bridge_bytes_problems(alignment: Alignment, plan: BatchPlan, planned: int) -> list[str]:
-    """Through a bridge r numbers of a state travel, and all states do between models on ranks of their own."""
-    config, (teacher, student) = alignment.config, (m.grid.layout for m in (alignment.teacher, alignment.student))
-    if config.bridge is None:
-        return []
-    size = 4 * (BRIDGE_RANK - config.bridge_head)
-    if planned % size:
-        return [f"{planned} bytes are no multiple of {size}"]
-    is_apart = set(teacher.ranks).isdisjoint(student.ranks)
+def _bytes_apart(alignment: Alignment, plan: BatchPlan, case: Case) -> int:
+    """What travels between models on ranks of their own: every state that a student stage compares (through a bridge r numbers
+    of it), and, of every response token that some term supervises, the teacher's final state or what the terms read."""
+    student, config, teacher_width = alignment.student.grid.layout, alignment.config, PAIRS[case.pair][2][1]
+    width = BRIDGE_RANK - config.bridge_head if config.bridge is not None else teacher_width
     wanted = {(student.stage_of(pair.student_layer), pair.teacher_layer) for pair in alignment.pairs}
-    expected = plan.num_tokens * len(wanted) * size
-    return [f"{planned} bytes, not {expected}"] if is_apart and planned != expected else []
+    output, tokens = case.output_config, 0
+    for sample in plan.samples:
+        last_first = [{"all": 999, "last": 1}.get(t.positions, t.first_or_last) for t in output.terms]
+        ends = [(k, t.positions == "first_k") for k, t in zip(last_first, output.terms, strict=True)]
+        length = len(sample.response_ids)
+        tokens += sum(any(i < k if first else length - i <= k for k, first in ends) for i in range(length))
+    columns = teacher_width
+    if output.teacher_head == "teacher":
+        columns = sum(2 * term.k if term.kind == "topk" else 1 for term in output.terms)
+    return 4 * (plan.num_tokens * len(wanted) * width + tokens * columns)
 
 
 def _parameters(student: Model) -> dict[str, torch.Tensor]:

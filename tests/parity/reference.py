@@ -1,4 +1,4 @@
-"""What every layout must equal: Eq. 4, 6, 7 and 14 and three AdamW steps on transformers' models, one sample at a time, in one
+"""What every layout must equal: Eq. 2 to 7 and 14 and three AdamW steps on transformers' models, one sample at a time, in one
 process. Nothing of the code under test but the choice of layers and positions is used."""
 
 from __future__ import annotations
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, linear, normalize
 from transformers import AutoModelForCausalLM
 
+from oprd_megatron.config.output import FullTerm, OutputConfig, SampledTerm, Term, TopKTerm
 from oprd_megatron.config.schema import DistillConfig, OptimizerConfig
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
@@ -96,7 +98,14 @@ def weights_of(distill: DistillConfig, pairs: list[LayerPair], step: int) -> dic
     return {pair.student_layer: float(weight) for pair, weight in zip(pairs, now, strict=True)}
 
 
-def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> Reference:
+def at(schedule: float | list[tuple[float, float]], step: int) -> float:
+    """A weight at a step, on a line without jumps."""
+    if not isinstance(schedule, list):
+        return schedule
+    return float(np.interp(step / (STEPS - 1), *zip(*schedule, strict=True)))
+
+
+def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig, output: OutputConfig) -> Reference:
     """Train three steps."""
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (teacher_dir, student_dir)
@@ -107,7 +116,7 @@ def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> R
     pre_norm: dict[object, torch.Tensor] = {}
     for model in (teacher, student):
         model.model.norm.register_forward_pre_hook(lambda _, inputs, model=model: pre_norm.update({model: inputs[0]}))
-    trained = {name: p for name, p in student.named_parameters() if distill.opd_coefficient or name != "lm_head.weight"}
+    trained = {name: p for name, p in student.named_parameters() if output.terms or name != "lm_head.weight"}
     matrices = [p for p in trained.values() if p.ndim > 1]
     optimizer = torch.optim.AdamW(
         [
@@ -121,12 +130,12 @@ def reference(teacher_dir: Path, student_dir: Path, distill: DistillConfig) -> R
     for step, samples in enumerate(batches()):
         optimizer.zero_grad()
         loss = torch.zeros(())
-        if distill.coefficient:
+        if distill.mode != "none" and at(distill.coefficient, step):
             weights = weights_of(distill, pairs, step)
             spaces = {"bridge": bridge, "maps": maps, "weights": weights}
-            loss = _loss(samples, teacher, student, pairs, distill, pre_norm, **spaces)
-        if distill.opd_coefficient:
-            loss = loss + distill.opd_coefficient * _reverse_kl(samples, teacher, student)
+            loss = at(distill.coefficient, step) * _loss(samples, teacher, student, pairs, distill, pre_norm, **spaces)
+        if output.terms:
+            loss = loss + _output_terms(samples, teacher, student, output.terms, step)
         loss.backward()
         losses.append(loss.item())
         if step == 0:
@@ -181,7 +190,7 @@ def _loss(  # type: ignore[no-untyped-def]
             if distill.normalization == "l2":
                 h_t, h_s = normalize(h_t, dim=-1), normalize(h_s, dim=-1)
             total = total + weights[pair.student_layer] * (h_s - h_t).square().mean(-1).sum() / len(pairs)
-    return distill.coefficient * total / count
+    return total / count
 
 
 def _projected(bridge: dict[str, torch.Tensor], name: str, states: torch.Tensor) -> torch.Tensor:
@@ -192,15 +201,56 @@ def _projected(bridge: dict[str, torch.Tensor], name: str, states: torch.Tensor)
     return linear(hidden, bridge[f"{name}.fc2.weight"], bridge[f"{name}.fc2.bias"])
 
 
-def _reverse_kl(samples: list[Sample], teacher, student) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """Eq. 4: mean over all response tokens of KL(student || teacher), over the ids that both have."""
-    total, count = torch.zeros(()), 0
+def _output_terms(samples: list[Sample], teacher, student, terms: list[Term], step: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """Eq. 2 to 5: the weighted sum of each term's mean over the response tokens that it supervises, over the ids that both
+    models have. In float64 from the logits on."""
+    values: list[list[torch.Tensor]] = [[] for _ in terms]
     for sample in samples:
-        first, number = len(sample.prompt_ids) - 1, len(sample.response_ids)
-        if not number:
+        first, length = len(sample.prompt_ids) - 1, len(sample.response_ids)
+        if not length:
             continue
-        ids, count = torch.tensor([sample.ids]), count + number
-        logits = [model(ids).logits[0, first : first + number, :VOCAB] for model in (teacher, student)]
-        log_q, log_p = logits[0].detach().log_softmax(-1), logits[1].log_softmax(-1)
-        total = total + (log_p.exp() * (log_p - log_q)).sum()
-    return total / count
+        ids, drawn = torch.tensor([sample.ids]), torch.tensor(sample.response_ids)
+        z_q, z_p = (model(ids).logits[0, first : first + length, :VOCAB].double() for model in (teacher, student))
+        for term, found in zip(terms, values, strict=True):
+            most = {"all": length, "last": 1}.get(term.positions, term.first_or_last)
+            kept = slice(0, most) if term.positions == "first_k" else slice(max(0, length - most), length)
+            log_p, log_q = (z[kept] / term.temperature for z in (z_p, z_q.detach()))
+            found.append(_value(term, log_p.log_softmax(-1), log_q.log_softmax(-1), drawn[kept]))
+    return sum(at(term.weight, step) * torch.cat(found).mean() for term, found in zip(terms, values, strict=True))
+
+
+def _value(term: Term, log_p: torch.Tensor, log_q: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """A term on n tokens from log-probabilities [n, V], so that autograd gives the gradient that it should have: [n]."""
+    if isinstance(term, SampledTerm):
+        mine, theirs = (log.gather(-1, drawn[:, None])[:, 0] for log in (log_p, log_q))
+        ratio = mine - theirs
+        if term.estimator == "policy_gradient":  # value r; gradient r times that of log p, r held constant
+            return ratio.detach() + ratio.detach() * (mine - mine.detach())
+        return ratio**2 / 2 if term.estimator == "k2" else (theirs - mine).exp() - 1 + ratio
+    if isinstance(term, TopKTerm):
+        return _on_a_set(term, log_p, log_q)
+    assert isinstance(term, FullTerm)
+    p, q = log_p.exp(), log_q.exp()
+    if term.divergence == "reverse":
+        return (p * (log_p - log_q)).sum(-1)
+    if term.divergence == "forward":
+        return (q * (log_q - log_p)).sum(-1)
+    share = term.mixing
+    log_m = (share * p + (1 - share) * q).log()
+    return share * (p * (log_p - log_m)).sum(-1) + (1 - share) * (q * (log_q - log_m)).sum(-1)
+
+
+def _on_a_set(term: TopKTerm, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Reverse KL on a set of ids, which is a constant: a mask over the vocabulary."""
+    tops = [
+        torch.zeros_like(log, dtype=torch.bool).scatter(-1, log.topk(term.k).indices, True) for log in (log_p, log_q)
+    ]
+    mask = {"student": tops[0], "teacher": tops[1], "intersection": tops[0] & tops[1], "union": tops[0] | tops[1]}[
+        term.support
+    ]
+    p, q = ((log.exp() * mask) for log in (log_p, log_q))
+    if term.rest == "tail":
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], dim=-1) for x in (p, q))
+    else:
+        p, q = (x / x.sum(-1, keepdim=True).clamp(min=1e-300) for x in (p, q))
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - q.clamp(min=1e-300).log()), 0.0).sum(-1)

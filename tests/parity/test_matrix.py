@@ -10,10 +10,12 @@ from __future__ import annotations
 import random
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from oprd_megatron.config.output import FullTerm, SampledTerm, TopKTerm
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from tests.parity.cases import CASES, MODE_CASES, MODES, PAIRS, TEACHER_VOCAB, VOCAB, Case
 from tests.parity.on_ranks import run_cases
@@ -60,7 +62,7 @@ def prepare(folder: Path, case: Case) -> tuple[str, str | None]:
         pairs = resolve_layer_pairs(case.distill_config(bridge), student[0], teacher[0])
         write_bridge(Path(bridge), pairs, teacher[1], student[1], is_mlp="mlp" in case.modes)
     if not (folder / f"{key}.pt").exists():
-        torch.save(reference(*directories, case.distill_config(bridge)), folder / f"{key}.pt")
+        torch.save(reference(*directories, case.distill_config(bridge), case.output_config), folder / f"{key}.pt")
     return key, bridge
 
 
@@ -70,11 +72,13 @@ def test_a_random_part_of_the_matrix(models: Path, request: pytest.FixtureReques
 
 
 def test_a_case_of_every_mode(models: Path, request: pytest.FixtureRequest) -> None:
-    """A random layout for every way of stage 2 (trained map, bridges, layer weights, OPD), others each time."""
-    rng, chosen = chance(request), []
-    for mode in MODES:
-        if not any(mode in case.modes for case in chosen):
-            chosen.append(rng.choice([case for case in MODE_CASES if mode in case.modes and case.world <= 2]))
+    """A random layout for every way of stage 2 (trained map, bridges, layer weights, output-space terms), others each time."""
+    rng, chosen, left = chance(request), [], set(MODES)
+    while left:  # of three cases of a mode the one with the most modes that are still missing: fewer cases do
+        mode = rng.choice(sorted(left))
+        some = rng.sample([case for case in MODE_CASES if mode in case.modes and case.world <= 2], 3)
+        chosen.append(max(some, key=lambda case: len(left.intersection(case.modes))))
+        left -= set(chosen[-1].modes)
     chosen.append(rng.choice([case for case in MODE_CASES if case.world == 4]))
     check(models, chosen)
 
@@ -102,7 +106,7 @@ def test_a_mode_in_every_layout(models: Path, mode: str) -> None:
 
 
 def test_every_mode_is_in_every_kind_of_layout() -> None:
-    """Each mode on one rank, on every axis of a grid, on disjoint ranks (but OPD), recomputed, packed, and each line once."""
+    """Each mode on one rank, on every axis of a grid, on disjoint ranks, recomputed, packed, and each line once."""
     assert len({case.text for case in MODE_CASES}) == len(MODE_CASES)
     for mode in MODES:
         texts = [case.text for case in MODE_CASES if mode in case.modes]
@@ -118,9 +122,25 @@ def test_every_mode_is_in_every_kind_of_layout() -> None:
             "full",
             "pack",
             "tp2 > pp2",
+            "@",
         ]
-        for kind in kinds if mode in ("opd", "opdonly") else [*kinds, "@"]:
+        for kind in kinds:
             assert any(kind in text for text in texts), (mode, kind)
+
+
+def test_every_option_of_a_term_is_in_some_mode() -> None:
+    """Each value that a choice of a kind of term can have, several temperatures and weights that move; every place of the
+    teacher's head."""
+    terms = [term for case in MODE_CASES for term in case.output_config.terms]
+    for kind in (SampledTerm, TopKTerm, FullTerm):
+        of_kind = [term for term in terms if isinstance(term, kind)]
+        for name in {"estimator", "support", "rest", "divergence"} & kind.model_fields.keys():
+            choices = get_args(kind.model_fields[name].annotation)
+            assert {getattr(term, name) for term in of_kind} == set(choices), name
+    assert {term.positions for term in terms} == {"all", "last", "last_k", "first_k"}
+    assert {term.temperature for term in terms} == {0.5, 1.0, 2.0}
+    assert any(isinstance(term.weight, list) for term in terms)
+    assert {case.output_config.teacher_head for case in MODE_CASES} == {"auto", "student", "teacher"}
 
 
 def test_the_matrix_has_what_it_should() -> None:

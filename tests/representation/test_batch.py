@@ -19,16 +19,17 @@ from oprd_megatron.representation.placement import arrange
 from tests.grids import Case, cases, grid, layouts, random_case
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
-STATE_BYTES = 10
+STATE_BYTES, OUTPUT_BYTES = 10, 6
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> Case:
-    """Both models on the same or on disjoint ranks, with the same micro-batch size and a few whole units of rollouts."""
+    """Both models on the same or on disjoint ranks, with the same micro-batch size and a few whole units of rollouts; of half
+    of them the teacher's predictions travel too."""
     rng = draw(st.randoms(use_true_random=False))
     case = random_case(rng, 12, ("same", "disjoint"))
     size = rng.randint(1, 2)
-    case = replace(case, micro_batch_sizes=(size, size))
+    case = replace(case, micro_batch_sizes=(size, size), output_bytes=rng.choice([0, OUTPUT_BYTES]))
     count = unit(case.planner(STATE_BYTES)) * rng.randint(1, 12)
     return replace(case, lengths=[(2, 3)] + [(rng.randint(0, 5), rng.randint(0, 6)) for _ in range(count - 1)])
 
@@ -53,14 +54,15 @@ def least_budget(case: Case) -> int:
 def largest_chunk(planner: Planner, case: Case) -> int:
     """Most bytes that a rank holds of a chunk."""
     chunks = planner.plan(case.samples).chunks
-    return max(size for chunk in chunks for size in chunk.route.held_bytes(STATE_BYTES).values())
+    return max(size for chunk in chunks for size in chunk.held_bytes(STATE_BYTES, case.output_bytes).values())
 
 
 @EXAMPLES
 @given(case=batches(), share=st.floats(0, 1))
 def test_chunks_are_the_batch_in_order(case: Case, share: float) -> None:
     """Whatever the budget, the chunks are the samples in order, each of whole units; the loss's denominator is that of the
-    whole batch; and both sides of a chunk are arranged and placed as its samples alone would be."""
+    whole batch; and both sides of a chunk are arranged and placed as its samples alone would be. What ranks hold of it, and
+    what travels, are its states and the predictions that are looked at."""
     least = least_budget(case)
     for budget in (None, least, least + int(share * STATE_BYTES * 100)):
         planner = case.planner(STATE_BYTES, spool_bytes=budget)
@@ -73,6 +75,10 @@ def test_chunks_are_the_batch_in_order(case: Case, share: float) -> None:
             assert chunk.teacher.arrangement == alone.teacher.arrangement
             assert chunk.student.arrangement == alone.student.arrangement
             assert chunk.route.order.tolist() == alone.route.order.tolist()
+            assert chunk.held_bytes(STATE_BYTES, case.output_bytes) == alone.held_bytes(STATE_BYTES)
+            lacking = [sum(map(part.lacking, case.student_layout.ranks)) for part in (alone, alone.outputs)]
+            total = lacking[0] * STATE_BYTES + lacking[1] * case.output_bytes
+            assert chunk.total_bytes(STATE_BYTES, case.output_bytes) == total
 
 
 @EXAMPLES
@@ -150,6 +156,21 @@ def test_written_out() -> None:
     assert sizes(60) == [60, 60, 40] or sizes(60) == [60, 20, 40, 40]
     with pytest.raises(ConfigError, match=r"spool_bytes: 59 is below .* needs at least 60$"):
         sizes(59)
+
+
+def test_outputs_written_out() -> None:
+    """The same batch with 6 bytes of each of 8 predictions: 16 states and 48 bytes more. Without anything of the teacher's to
+    travel the tokens are there all the same, and no bytes."""
+    layout = grid(1, 1, 1, (2,))
+    case = Case([(1, 3), (1, 1), (1, 2), (1, 2)], layout, layout, output_bytes=6)
+    (chunk,) = case.planner(STATE_BYTES).plan(case.samples).chunks
+    assert chunk.held_bytes(STATE_BYTES, 6) == {0: 160 + 48} and chunk.total_bytes(STATE_BYTES, 6) == 0
+    plan = case.planner(STATE_BYTES, spool_bytes=160).plan(case.samples)
+    assert [part.held_bytes(STATE_BYTES, 6)[0] for part in plan.chunks] == [104, 104]
+    silent = replace(case.planner(STATE_BYTES), output_bytes=0).plan(case.samples).chunks[0]
+    assert silent.outputs is not None and silent.outputs.route is None and len(silent.outputs.targets) == 8
+    assert silent.held_bytes(STATE_BYTES, 0) == {0: 160}
+    assert Case(case.lengths, layout, layout).planner(STATE_BYTES).plan(case.samples).chunks[0].outputs is None
 
 
 @EXAMPLES

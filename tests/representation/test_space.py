@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from oprd_megatron.config.output import OutputConfig
 from oprd_megatron.config.schema import DistillConfig, ParallelConfig
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.objectives.opd import OPD
+from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.representation.flow import Passes
@@ -154,7 +155,12 @@ def test_spaces_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             check_space(DistillConfig(**keys), *widths)
         assert says in str(caught.value) and "\n" not in str(caught.value)
-    for keys, widths in (({}, (8, 8)), ({"mode": "linear"}, (8, 6)), ({"bridge": at}, (8, 6))):
+    for keys, widths in (
+        ({}, (8, 8)),
+        ({"mode": "linear"}, (8, 6)),
+        ({"mode": "none"}, (8, 6)),
+        ({"bridge": at}, (8, 6)),
+    ):
         check_space(DistillConfig(**keys), *widths)  # type: ignore[arg-type]
     refuse_head(DistillConfig(mode="low_rank_residual", bridge_head=3, bridge=at), 4)
 
@@ -165,6 +171,7 @@ def test_auto() -> None:
         (): ("identity", "none"),
         (("bridge", "b"),): ("low_rank", "l2"),
         (("mode", "linear"),): ("linear", "none"),
+        (("mode", "none"),): ("none", "none"),
         (("bridge", "b"), ("mode", "low_rank_residual"), ("bridge_head", 2)): ("low_rank_residual", "l2"),
         (("bridge", "b"), ("normalize", "none")): ("low_rank", "none"),
         (("normalize", "l2"),): ("identity", "l2"),
@@ -175,6 +182,13 @@ def test_auto() -> None:
 
 
 VOCAB, WIDTH = 300, 32
+EVERY_TERM: list[dict[str, Any]] = [
+    *({"kind": "sampled", "name": e, "estimator": e} for e in ("policy_gradient", "k2", "k3")),
+    *({"kind": "topk", "name": f"{s} {r}", "k": 4, "support": s, "rest": r}
+      for s in ("student", "teacher", "intersection", "union") for r in ("renormalize", "tail")),
+    *({"kind": "full", "name": d, "divergence": d, "temperature": t}
+      for d, t in (("reverse", 1.0), ("forward", 2.0), ("jensen_shannon", 0.5))),
+]  # fmt: skip
 
 
 def shared_bridge(path: Path, with_mean: bool) -> None:
@@ -190,30 +204,29 @@ def shared_bridge(path: Path, with_mean: bool) -> None:
 
 
 def of_itself(
-    folder: Path, parallel: ParallelConfig, teacher: ParallelConfig | None, configs: dict[str, DistillConfig]
-) -> dict[str, tuple[float, float, float, float]]:
-    """{config: (loss, mean cosine, largest gradient on this rank, KL)} of a teacher that is its own student."""
+    folder: Path,
+    parallel: ParallelConfig,
+    teacher: ParallelConfig | None,
+    configs: dict[str, tuple[DistillConfig, OutputConfig]],
+) -> dict[str, tuple[float, float | None, float, list[float]]]:
+    """{config: (loss, mean cosine, largest gradient on this rank, means of the terms)} of a teacher that is its own student."""
     first = build(folder, folder, parallel, DistillConfig(), 2, teacher)
     found = {}
-    for name, config in configs.items():
-        alignment = Alignment(first.teacher, first.student, config, first.platform, 2)
+    for name, (config, terms) in configs.items():
+        output = OutputLoss(first.teacher, first.student, terms, first.platform.device) if terms.terms else None
+        signal = output.signal if output else None
+        alignment = Alignment(first.teacher, first.student, config, first.platform, 2, signal=signal)
         parameters = [p for chunk in first.student.chunks for p in chunk.parameters()]
         for parameter in parameters:
             parameter.grad = None
-        plan, output = alignment.plan(samples()), None
-        passes = Passes(train=True)
-        if config.opd_coefficient:
-            output = OPD(first.teacher, first.student, config.opd_coefficient, first.platform.device).of_batch(plan)
-            passes = Passes(
-                train=True,
-                on_teacher_output=output.on_teacher_output,
-                on_student_output=output.on_student_output,
-                between=output.between,
-            )
+        plan = alignment.plan(samples())
+        batch = output.of_batch(plan, output.weights(0.0)) if output else None
+        passes = Passes(train=True, on_outputs=batch.on_outputs if batch else None)
         report = alignment.reduce(alignment.run(plan, passes))
         gradients = [p.grad.abs().max().item() for p in parameters if p.grad is not None]
         assert gradients
-        found[name] = (report.loss, report.mean_cosine, max(gradients), output.mean_kl() if output else 0.0)
+        means = list(batch.means().values()) if batch else []
+        found[name] = (report.loss, report.mean_cosine, max(gradients), means)
         if name == "linear":
             assert isinstance(alignment.space, Linear) and len(alignment.space.weights) > 0
             assert all(w.grad is not None for w in alignment.space.weights.values())
@@ -221,7 +234,7 @@ def of_itself(
 
 
 @pytest.fixture(scope="module")
-def itself(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, DistillConfig]]:
+def itself(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[DistillConfig, OutputConfig]]]:
     """A model (untied, so that the head is trained too), and every mode."""
     folder = tmp_path_factory.mktemp("itself")
     tiny_hf_model("llama", folder, vocab_size=VOCAB, std=0.1, tied=False)
@@ -235,12 +248,18 @@ def itself(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Di
         "low rank": centred,
         "low rank raw": {**centred, "normalize": "none"},
         "residual": {**centred, "mode": "low_rank_residual", "bridge_head": 1},
-        "opd": {"opd_coefficient": 1.0},
-        "opd alone": {"opd_coefficient": 1.0, "coefficient": 0.0},
+        "opd": {},
+        "opd alone": {"coefficient": 0.0},
+        "no states": {"mode": "none"},
         "off centre": {"bridge": folder / "off_centre.bridge", "normalize": "none"},
         "linear": {"mode": "linear"},
     }
-    return folder, {name: DistillConfig(**value) for name, value in keys.items()}
+    opd = OutputConfig.model_validate({"terms": [{"kind": "full"}]})
+    every = OutputConfig.model_validate({"terms": EVERY_TERM, "chunk_tokens": 7})
+    few = [term for term in EVERY_TERM if term["kind"] == "sampled" or term.get("support") == "teacher"]
+    outputs = {"opd": opd, "opd alone": opd, "no states": every, "few": OutputConfig(terms=few, teacher_head="teacher")}
+    keys["few"] = {}
+    return folder, {name: (DistillConfig(**value), outputs.get(name, OutputConfig())) for name, value in keys.items()}
 
 
 SELF_LAYOUTS: dict[str, tuple[ParallelConfig, ParallelConfig | None]] = {
@@ -256,18 +275,18 @@ SELF_LAYOUTS: dict[str, tuple[ParallelConfig, ParallelConfig | None]] = {
 
 
 @pytest.mark.parametrize("layout", SELF_LAYOUTS)
-def test_a_teacher_of_itself(itself: tuple[Path, dict[str, DistillConfig]], layout: str) -> None:
+def test_a_teacher_of_itself(itself: tuple[Path, dict[str, tuple[DistillConfig, OutputConfig]]], layout: str) -> None:
     """Loss 0, cosine 1 and no gradient, in every mode: W begins as the identity, and P_S = P_T does as long as the teacher's
     mean is 0. With a mean every state is off by P_T mu, and the loss is its mean square exactly."""
     folder, configs = itself
     parallel, teacher = SELF_LAYOUTS[layout]
     world = parallel.tp * parallel.pp * parallel.cp * (parallel.dp or 1)
     for rank in run_ranks(world, of_itself, folder, parallel, teacher, configs):
-        for name, (loss, cosine, gradient, kl) in rank.items():
+        for name, (loss, cosine, gradient, terms) in rank.items():
             if name == "off centre":
                 continue
-            assert loss <= 1e-10 and abs(kl) <= 1e-6, name
-            assert cosine == pytest.approx(1.0, abs=1e-5), name
+            assert loss <= 1e-10 and all(abs(term) <= 1e-6 for term in terms), name
+            assert cosine is None if name == "no states" else cosine == pytest.approx(1.0, abs=1e-5), name
             assert gradient <= 1e-6, name
         parts = load_file(folder / "off_centre.bridge")
         squares = [

@@ -29,18 +29,20 @@ WORLD = 6
 DRAWN = 60
 SEED = 2605
 PLATFORM = Platform(torch.device("cpu"), "gloo")
+OUTPUT = Wire("fp32", WIDTH)
+"""Of the teacher's outputs."""
 
 
 def drawn(number: int) -> tuple[Case, int | None, Wire, bool]:
     """(case, budget, wire, train): both models on the same or on disjoint ranks; the budget is the least that works, anything
-    between that and a whole batch, or none."""
+    between that and a whole batch, or none. In every other case the teacher's outputs travel too."""
     rng = random.Random(f"{SEED} {number}")
     case = random_case(rng, WORLD, ("same", "disjoint"))
     size, wire = rng.randint(1, 2), Wire(rng.choice(["fp32", "bf16", "fp8"]), WIDTH)
-    case = replace(case, micro_batch_sizes=(size, size))
+    case = replace(case, micro_batch_sizes=(size, size), output_bytes=OUTPUT.state_bytes if number % 2 else 0)
     count = math.lcm(case.teacher_layout.dp, case.student_layout.dp) * size * rng.randint(2, 8)
     case = replace(case, lengths=[(rng.randint(0, 5), rng.randint(number > 5, 6)) for _ in range(count)])
-    least, whole = least_budget(case, wire), max(case.route.held_bytes(wire.state_bytes).values())
+    least, whole = least_budget(case, wire), max(case.held_bytes(wire.state_bytes).values())
     budget = rng.choice([least, rng.randint(least, max(least, whole)), rng.randint(least, max(least, whole)), None])
     return case, budget, wire, rng.random() < 0.5
 
@@ -91,6 +93,7 @@ def new_spool(case: Case, plan: BatchPlan, budget: int | None, wire: Wire) -> Sp
         PLATFORM,
         teaches=teaches,
         learns=learns,
+        output_wire=OUTPUT if case.output_bytes else None,
     )
 
 
@@ -102,24 +105,31 @@ def take_batch_through(case: Case, budget: int | None, wire: Wire, train: bool, 
     for number, part in enumerate(parts):
         with live:
             delivery = spool.open(number)
+        freight = [(part, delivery, wire)]
+        outputs = spool.outputs(number)
+        assert (outputs is not None) == bool(case.output_bytes)
+        if outputs is not None:
+            freight.append((part.outputs, outputs, OUTPUT))
         if spool.teaches:
             with live.temporaries_allowed():
-                teach(part.teacher, rank, delivery.put, salt + number)
+                for what, into, _ in freight:
+                    teach(what.teacher, rank, into.put, salt + number)
         with live:
             spool.exchange(number)
         assert live.live == spool.held_bytes
         if spool.learns:
-            check_targets(part, rank, delivery, wire, salt + number)
-            for micro_batch, layer in part.needed(rank) if train else ():
-                delivery.release(micro_batch, layer)
+            for what, found, how in freight:
+                check_targets(what, rank, found, how, salt + number)
+                for micro_batch, layer in what.needed(rank) if train else ():
+                    found.release(micro_batch, layer)
             spool.close(number)
         assert live.live == spool.held_bytes
     spool.finish()
-    sizes = [part.route.held_bytes(wire.state_bytes).get(rank, 0) for part in parts]
+    sizes = [part.held_bytes(wire.state_bytes).get(rank, 0) for part in parts]
     peak = expected_peak(sizes, budget, spool.teaches, spool.learns)
     assert (live.peak, spool.peak_bytes) == (peak, peak), f"{sizes}"
     assert budget is None or peak <= budget
-    assert live.live == spool.held_bytes == 0  # also what no one released, with `delivery` still at hand
+    assert live.live == spool.held_bytes == 0  # also what no one released, with the deliveries still at hand
     return spool.sent_bytes, peak
 
 
@@ -136,18 +146,19 @@ def take_all_through() -> list[tuple[int, int]]:
 
 def test_memory_stays_under_the_budget() -> None:
     """Over many layouts, on shared and on disjoint ranks, with budgets from the least on: no rank ever has more bytes of states
-    alive than `spool_bytes`, the most is what follows from the plan, and it is what the spool reports; what was sent or
-    released is freed; every target is right; and chunks together send what the plan of each says."""
+    and outputs alive than `spool_bytes`, the most is what follows from the plan, and it is what the spool reports; what was
+    sent or released is freed; every target is right; and chunks together send what the plan of each says."""
     ranks = run_ranks(WORLD, take_all_through, timeout_seconds=300)
     several = bounded = 0
     for number, found in enumerate(zip(*ranks, strict=True)):
         case, budget, wire, _ = drawn(number)
         plan, parts = planned(case, budget, wire)
         sent, peaks = zip(*found, strict=True)
-        least = sum(part.lacking(rank) for part in parts for rank in case.student_layout.ranks)
-        assert sum(sent) == least * wire.state_bytes
+        both = [(part, wire.state_bytes) for part in parts] + [(part.outputs, case.output_bytes) for part in parts]
+        least = sum(part.lacking(rank) * size for part, size in both for rank in case.student_layout.ranks)
+        assert sum(sent) == least
         several += len(plan.chunks) > 1
-        bounded += budget is not None and max(peaks) < max(case.route.held_bytes(wire.state_bytes).values())
+        bounded += budget is not None and max(peaks) < max(case.held_bytes(wire.state_bytes).values())
     assert several > 30 and bounded > 20
 
 
