@@ -120,11 +120,13 @@ class Trainer:
         _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
         aligned = {"oprd": self.alignment.coefficient} if self.alignment.pairs else {}
+        is_scheduled = isinstance(self.config.distill.coefficient, list)
         return {
             "kind": "train",
             "step": step + 1,
             "loss": report.loss + sum(weights[name] * value for name, value in terms.items()),
-            **({"terms": terms, "weights": {**aligned, **weights}} if terms else {}),
+            **({"terms": terms} if terms else {}),
+            **({"weights": {**aligned, **weights}} if weights or is_scheduled else {}),
             **({} if norms is None else {"gradient_norms": norms}),
             "cosine": report.mean_cosine,
             "lr": lr,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from oprd_megatron.config.output import OutputConfig
+from oprd_megatron.config.output import OutputConfig, Term
 from oprd_megatron.config.schedule import weight_at
 from oprd_megatron.models import Model, no_output_loss
 from oprd_megatron.models.schedule import OnOutput
@@ -72,7 +72,7 @@ class OutputLoss:
 
 @dataclass
 class OutputBatch:
-    """The terms of one batch, and what they came to.
+    """The terms of one batch, and what they came to. Terms whose weight is 0 now are not computed.
 
     Attributes:
         loss: the run's.
@@ -85,16 +85,19 @@ class OutputBatch:
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        self._sums = torch.zeros(len(self.counts), dtype=torch.float64)
+        of_teacher = self.loss.head is None and any(self.weights)  # its summary is of all terms
+        self._at_work = [number for number, weight in enumerate(self.weights) if weight or of_teacher]
+        self._sums = torch.zeros(len(self._at_work), dtype=torch.float64)
 
     def on_outputs(self, number: int, chunk: Chunk, delivery: Delivery | None) -> OnOutput:
         """What is called with the student's final states of a chunk. Collective over its tensor-parallel group."""
         outputs, loss, grid = chunk.outputs, self.loss, self.loss.student.grid
         assert outputs is not None and delivery is not None
-        masks = torch.from_numpy(_masks(loss, chunk, outputs)).to(loss.device)
-        scale = torch.tensor(
-            [w / max(1, n) for w, n in zip(self.weights, self.counts, strict=True)], device=loss.device
-        )
+        if not self._at_work:
+            return no_output_loss
+        terms = [loss.terms[number] for number in self._at_work]
+        masks = torch.from_numpy(_masks(terms, chunk, outputs)).to(loss.device)
+        scale = torch.tensor([self.weights[n] / max(1, self.counts[n]) for n in self._at_work], device=loss.device)
         blocks = block_rows(outputs.student, outputs.order, grid, loss.device)
 
         def on_output(micro_batch: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ class OutputBatch:
                 loss.student.head_weight,
                 TeacherSummary(taught) if loss.head is None else TeacherHead(taught, loss.head),
                 torch.from_numpy(outputs.targets)[tokens].to(loss.device),
-                loss.terms,
+                terms,
                 mask * scale.unsqueeze(1),
                 loss.vocab_size,
                 group,
@@ -122,11 +125,12 @@ class OutputBatch:
         return on_output
 
     def means(self) -> dict[str, float]:
-        """{term: mean over its tokens of the global batch}, in nats. Collective."""
+        """{term: mean over its tokens of the global batch}, in nats, of the terms at work. Collective."""
         sums = self._sums.to(self.loss.device)
-        dist.all_reduce(sums)
-        means = zip(self.loss.terms, sums.tolist(), self.counts, strict=True)
-        return {term.label: total / max(1, count) for term, total, count in means}
+        if self._at_work:
+            dist.all_reduce(sums)
+        totals = zip(self._at_work, sums.tolist(), strict=True)
+        return {self.loss.terms[n].label: total / max(1, self.counts[n]) for n, total in totals}
 
 
 def delivered_rows(
@@ -146,11 +150,11 @@ def delivered_rows(
     return rows
 
 
-def _masks(loss: OutputLoss, chunk: Chunk, outputs: Outputs) -> np.ndarray:
+def _masks(terms: Sequence[Term], chunk: Chunk, outputs: Outputs) -> np.ndarray:
     """[terms, M] fp32: 1 where a term supervises the token."""
     lengths = np.array([len(sample.response_ids) for sample in chunk.samples], dtype=np.int64)[outputs.sample]
-    masks = np.zeros((len(loss.terms), len(outputs.targets)), dtype=np.float32)
-    for row, term in enumerate(loss.terms):
+    masks = np.zeros((len(terms), len(outputs.targets)), dtype=np.float32)
+    for row, term in enumerate(terms):
         for length in np.unique(lengths):
             kept = supervised_tokens(term, int(length))
             masks[row] += (lengths == length) & (outputs.index >= kept.start) & (outputs.index < kept.stop)
