@@ -85,8 +85,8 @@ class OutputBatch:
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
-        of_teacher = self.loss.head is None and any(self.weights)  # its summary is of all terms
-        self._at_work = [number for number, weight in enumerate(self.weights) if weight or of_teacher]
+        summarized = isinstance(self.loss.signal, TeacherColumns) and any(self.weights)  # then all terms are
+        self._at_work = [number for number, weight in enumerate(self.weights) if weight or summarized]
         self._sums = torch.zeros(len(self._at_work), dtype=torch.float64)
 
     def on_outputs(self, number: int, chunk: Chunk, delivery: Delivery | None) -> OnOutput:

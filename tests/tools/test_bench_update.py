@@ -13,7 +13,9 @@ import torch
 
 from oprd_megatron.errors import UserError
 from oprd_megatron.platform import Platform
-from tools.bench_update import SHAPES, TERMS, Meter, disagreements, judge, read_rollouts, sweep
+from tools.update_bench.case import SHAPES, TERMS, read_rollouts, sweep
+from tools.update_bench.meter import Meter
+from tools.update_bench.report import BARS, SAME, disagreements, judge, notes, plot
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_update.py"
 
@@ -43,7 +45,8 @@ def test_arms_that_compute_the_same_thing_agree(report: dict[str, Any]) -> None:
     """Loss and gradient norm of opd-x and dense-x, and of ours and the released OPRD: equal to fp32's rounding."""
     (case,) = report["cases"]
     arms = case["arms"]
-    for arm, other in [("oprd", "release"), *((f"opd-{term}", f"dense-{term}") for term in TERMS)]:
+    assert len(SAME) == 1 + len(TERMS)
+    for arm, other in SAME:
         for key in ("loss", "grad_norm"):
             assert arms[arm][key] == pytest.approx(arms[other][key], rel=1e-4), (arm, key)
         assert arms[arm]["grad_norm"] > 0.01
@@ -114,6 +117,29 @@ def test_bars_and_disagreements() -> None:
     assert disagreements(result) == ["opd-topk and dense-topk differ in loss: 1, 1.1"]
     arms["release"] = {"rounds": [], "failed": "out of memory"}
     assert len(judge(result)) == 3
+
+
+def test_bars_are_told_for_the_slice_only(report: dict[str, Any]) -> None:
+    """Another shape has its figures, and one line that says which shape the bars are for."""
+    results = report["cases"]
+    told = notes(results, "slice").splitlines()
+    assert [line.startswith(("- pass: ", "- MISS: ")) for line in told[: len(BARS) + 1]] == [True] * len(BARS) + [False]
+    assert notes(results, "tiny").splitlines() == [
+        "- the bars are for `--shape slice`; they do not judge `tiny`",
+        *told[len(BARS) :],
+    ]
+
+
+def test_a_sweep_is_plotted_without_what_did_not_fit(report: dict[str, Any], tmp_path: Path) -> None:
+    """An arm that ran out of memory in one case of a sweep lacks that point, and there is a picture all the same."""
+    (case,) = report["cases"]
+    cases = [
+        {**case, "case": {**case["case"], "varies": varies, "response": response}}
+        for varies, response in (("headline", 48), ("terms", 48), ("length", 24), ("length", 96))
+    ]
+    cases[3]["arms"] = {**case["arms"], "release": {"rounds": [], "failed": "out of memory"}}
+    plot(cases, tmp_path / "update.png")
+    assert (tmp_path / "update.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("shape", ["slice", "paper"])
