@@ -23,11 +23,11 @@ forward left for the update counts. The optimizer's step is the same for all arm
 gradient buffer in every arm, though a run of OPRD alone would freeze it and have none.
 
 On CPU every allocation and release of torch's allocator is read from its profiler. Beside it stands the rise of the process's
-peak resident set; glibc is told to give back blocks above 1 MiB at once, else freed activations would count. On a GPU it
-is the allocator's own peak. On CPU, seconds are those that this process computed, so that others on the machine do not count;
-the clock's stand beside them. Each case has a process of its own, in which arms take turns, round after round. Times are
-medians, and ratios are of the same round, with their smallest and largest. Arms that compute the same thing (opd-x and dense-x,
-oprd and release) are checked to agree in loss and gradient norm. The code is in `tools/update_bench/`.
+peak resident set; glibc is told to give back blocks above 1 MiB at once, else freed activations would count. On a GPU it is the
+allocator's own peak. On CPU, seconds are those that this process computed, so that others on the machine do not count; the
+clock's stand beside them. Each case has a process of its own, in which arms take turns, round after round. Times are medians,
+and ratios are of the same round, with their smallest and largest. Arms that compute the same thing (opd-x and dense-x, oprd and
+release) are checked to agree in loss and gradient norm. The code is in `tools/update_bench/`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main(
     response_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a response.")] = None,
     responses: Annotated[int | None, typer.Option(min=1, help="Responses in the batch; one is one micro-batch.")] = None,
     k: Annotated[int | None, typer.Option(min=1, help="OPRD supervises the last k response tokens; 2000.")] = None,
-    tied: Annotated[bool | None, typer.Option(help="Head and embedding share their weight.")] = None,
+    tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Head and embedding share their weight.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16, of both models.")] = None,
     optimizer: Annotated[bool | None, typer.Option(help=OPTIMIZER_HELP)] = None,
-    terms: Annotated[str | None, typer.Option(help="Of opd and dense, with commas: topk,sampled,full.")] = None,
+    terms: Annotated[str | None, typer.Option(help="Losses of opd and dense, with commas: topk,sampled,full.")] = None,
     rollouts: Annotated[Path | None, typer.Option(help=ROLLOUTS_HELP)] = None,
     sweeps: Annotated[bool, typer.Option(help="Also vary length, width and vocabulary.")] = True,
     rounds: Annotated[int | None, typer.Option(min=1, help="Turns that every arm gets.")] = None,
