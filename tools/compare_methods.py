@@ -31,7 +31,7 @@ import yaml
 from tqdm import tqdm
 
 from oprd_megatron.bridge.artefact import read_info, write_bridge
-from oprd_megatron.config.load import parse_config
+from oprd_megatron.config.load import load_config, parse_config
 from oprd_megatron.errors import ConfigError, UserError
 from oprd_megatron.logging import METRICS_FILE, read_records
 from oprd_megatron.representation.bridge import load_bridge
@@ -49,6 +49,7 @@ def main() -> None:
     base = arguments.out / "base.yaml"
     base.write_text(yaml.safe_dump(values, sort_keys=False))
     steps = values["run"]["steps"]
+    check_arms(base, arms, bridges)
     with ThreadPoolExecutor(arguments.at_once) as pool:
         prepare = lambda seed: fit_bridges(base, arguments.out, bridges, bool(maps), seed)  # noqa: E731
         files = dict(zip(arguments.seeds, pool.map(prepare, arguments.seeds), strict=True))
@@ -61,6 +62,19 @@ def main() -> None:
     (arguments.out / "results.md").write_text(text + "\n")
     draw(results, arguments.out / "results.png")
     print(text)
+
+
+def check_arms(base: Path, arms: dict[str, list[list[str]]], bridges: dict[str, Any] | None) -> None:
+    """Refuse an arm whose settings are not a run's, before the first one starts."""
+    names = {"map": "map.json", **{f"bridge{rank}": "bridge.safetensors" for rank in (bridges or {}).get("ranks", [])}}
+    for arm, stages in arms.items():
+        for overrides in stages:
+            try:
+                load_config(base, [text.format(**names) for text in overrides])
+            except KeyError as missing:
+                raise ConfigError(f"arms: {arm}: there is no {missing}; the file has {', '.join(names)}") from None
+            except ConfigError as error:
+                raise ConfigError(f"arms: {arm}: {error}") from None
 
 
 def fit_bridges(base: Path, out: Path, wanted: dict[str, Any] | None, measured: bool, seed: int) -> dict[str, str]:

@@ -34,12 +34,14 @@ def terms_plot(train: Records, evals: Records) -> str | None:
     shown = [(title, records, key) for title, records, key in panels if records]
     if not any(title != "held-out" for title, _, _ in shown):  # the representation loss alone has a figure already
         return None
+    every = dict.fromkeys(name for _, records, key in shown for record in records for name in record[key])
+    colors = dict(zip(every, COLORS * len(every), strict=False))
     with matplotlib.rc_context(STYLE):
         figure, axes = make_axes(len(shown))
         for axis, (title, records, key) in zip(axes, shown, strict=True):
-            names = list(dict.fromkeys(name for record in records for name in record[key]))
-            for name, color in zip(names, COLORS * len(names), strict=False):
-                line(axis, records, column(records, key, name), color, name)
+            names = [name for name in colors if any(name in record[key] for record in records)]
+            for name in names:
+                line(axis, records, column(records, key, name), colors[name], name)
             log_if_wide(axis, np.concatenate([column(records, key, name) for name in names]))
             axis.set(title=title, xlabel="step")
             axis.legend(fontsize=8)
