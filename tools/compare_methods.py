@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def run_arm(
         settings += [f"run.export={'false' if is_last else 'true'}", *(text.format(**files) for text in overrides)]
         settings += [f"student.path={student}"] if student else []
         _call("train", str(base), *settings)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # gigabytes each; the figures stay
         step, seconds = (records[-1]["step"], records[-1]["seconds"]) if records else (0, 0.0)
         found = held_out(read_records(folder / METRICS_FILE), step, seconds)
         records += found if number == 0 else found[1:]
