@@ -25,6 +25,7 @@ import torch.distributed as dist
 import typer
 
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import LayoutError
 from oprd_megatron.models import Model
 from oprd_megatron.models.spec import has_transformer_engine
@@ -62,6 +63,7 @@ class Finding:
 
 def diagnose(config: RunConfig) -> bool:
     """Run all checks and print a line for each, on rank 0. Returns whether none failed."""
+    refuse_several(config, "oprd doctor")
     platform = select_platform(config.run.device)
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
     init_distributed(platform)

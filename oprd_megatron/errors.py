@@ -29,5 +29,9 @@ class TrainingDiverged(UserError):
     """A loss or gradient that is not finite; the message names step, rank and layer."""
 
 
+class TeacherWeightsError(UserError):
+    """A teacher that waited in host memory came back with other weights; the message names teacher and tensor."""
+
+
 class WeightSyncError(UserError):
     """The rollout engine's weights are not the trainer's; the message gives the measured difference."""

@@ -28,13 +28,13 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     import torch.distributed as dist
 
     from oprd_megatron.checkpoint import BRIDGE, load_weights
-    from oprd_megatron.evaluation.held_out import HeldOut
+    from oprd_megatron.evaluation.several import Evaluation
     from oprd_megatron.logging import write_atomically
     from oprd_megatron.parallel.heartbeat import heartbeat
-    from oprd_megatron.placing import build_models
+    from oprd_megatron.placing import build_all
     from oprd_megatron.platform import init_distributed, select_platform
     from oprd_megatron.preflight import preflight
-    from oprd_megatron.representation.space import build_space, resume_bridge
+    from oprd_megatron.representation.space import resume_bridge
     from oprd_megatron.rollout.build import build_engine
     from oprd_megatron.rollout.weight_sync import sync_weights
 
@@ -44,12 +44,12 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")), starts_run=False)
     init_distributed(platform)
     with heartbeat():
-        teacher, student = build_models(checked, platform)
-        space = build_space(config.distill, checked.pairs, teacher, student, platform.device)
+        teachers, student = build_all(checked, platform)
         if checkpoint is not None:
             load_weights(checkpoint, student, platform)
-            resume_bridge(space, checkpoint / BRIDGE, checked.pairs, teacher, student)
-        held_out = HeldOut(checked, teacher, student, platform, space)
+            if not config.teachers:
+                resume_bridge(teachers[0].space, checkpoint / BRIDGE, checked.pairs, teachers[0].model, student)
+        held_out = Evaluation(checked, teachers, student, platform)
         engine = build_engine(config, config.student, student.grid.layout, platform)
         sync_weights(engine, student, version=0)
         record = held_out.record(0, engine, samples=True)

@@ -13,14 +13,15 @@ from oprd_megatron.entry import EXIT_USER_ERROR
 
 def default_num_ranks(config: RunConfig) -> int:
     """The ranks that the layouts name: up to the last one of `ranks`, or the product of the sizes, where a dp that is left out
-    counts as 1. The larger of both models'."""
+    counts as 1. The largest of all models'."""
 
     def end(parallel: ParallelConfig) -> int:
         if parallel.num_ranks is not None:
             return parallel.first_rank + parallel.num_ranks
         return parallel.tp * parallel.cp * parallel.pp * (parallel.dp or 1)
 
-    return max(end(config.teacher.parallel), end(config.student.parallel))
+    models = (config.teacher, *config.teachers, config.student)
+    return max(end(model.parallel) for model in models)
 
 
 def launch(module: str, arguments: list[str], num_ranks: int) -> int:

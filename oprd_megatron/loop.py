@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from oprd_megatron.bridge.health import Health
 from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint, save_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
-from oprd_megatron.evaluation.held_out import HeldOut
+from oprd_megatron.evaluation.several import Evaluation
 from oprd_megatron.evaluation.summary import print_summary
 from oprd_megatron.logging import (
     METRICS_FILE,
@@ -27,10 +28,10 @@ from oprd_megatron.logging import (
 from oprd_megatron.logging.memory import world_peak_memory_bytes
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
-from oprd_megatron.placing import build_models
+from oprd_megatron.placing import PlacedTeacher, build_all
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import CONFIG_FILE, Checked, preflight
-from oprd_megatron.representation.space import LowRank, Space, build_space, resume_bridge
+from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.trainer import Trainer, export_student
 
 messages = logging.getLogger(__name__)
@@ -52,22 +53,22 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     if is_finished(config):
         show_result(config)
         return
-    teacher, student = build_models(checked, platform)
-    space = build_space(config.distill, checked.pairs, teacher, student, platform.device)
-    held_out = HeldOut(checked, teacher, student, platform, space) if config.eval else None
-    trainer = Trainer(checked, teacher, student, platform, space)
+    teachers, student = build_all(checked, platform)
+    held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
+    trainer = Trainer(checked, teachers, student, platform)
+    space = None if config.teachers else teachers[0].space  # which a refit may change, and a checkpoint then holds
     progress = Progress(step=0, weight_version=0)
     if checked.resume_from is not None:
         progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform, trainer.average)
-        resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teacher, student)
+        if space is not None:
+            resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teachers[0].model, student)
     logger = open_run(config, progress, fresh=checked.resume_from is None)
-    health = watch_bridge(config, space)
+    health = watch_bridges(config, teachers)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
         record = held_out.record(0, trainer.engine, samples=True)
         log(logger, record)
-        if health:
-            health.warnings(record)  # what later ones are held against
+        warnings(health, record)  # what later ones are held against
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
         log(logger, trainer.step(step))
@@ -76,7 +77,7 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
             is_last = progress.step == config.run.steps
             record = held_out.record(progress.step, trainer.engine, samples=is_last)
             log(logger, record)
-            for line in health.warnings(record) if health else []:
+            for line in warnings(health, record):
                 messages.warning(line)
         if progress.step == last:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
@@ -100,12 +101,26 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     show_result(config)
 
 
-def watch_bridge(config: RunConfig, space: Space) -> Health | None:
-    """Follows the bridge from here on, and from what the run has measured so far; None without one."""
-    if not isinstance(space, LowRank):
-        return None
+def watch_bridges(config: RunConfig, teachers: Sequence[PlacedTeacher]) -> dict[str, Health]:
+    """{teacher: what follows its bridge from here on, and from what the run has measured so far}, for teachers with one."""
     metrics = config.run.dir / METRICS_FILE
-    return Health(config.bridge.warn_drop, read_records(metrics) if metrics.exists() else [])
+    health = {t.name: Health(config.bridge.warn_drop) for t in teachers if isinstance(t.space, LowRank)}
+    for record in read_records(metrics) if health and metrics.exists() else []:
+        if record["kind"] == "eval":
+            warnings(health, record)
+    return health
+
+
+def warnings(health: dict[str, Health], record: dict[str, Any]) -> list[str]:
+    """What there is to say about the bridges after an evaluation."""
+    if "teachers" not in record:
+        return [line for watch in health.values() for line in watch.warnings(record)]
+    return [
+        f"teacher {name}: {line}"
+        for name, watch in health.items()
+        if name in record["teachers"]
+        for line in watch.warnings({**record["teachers"][name], "step": record["step"]})
+    ]
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_t
 from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.parallel.layout import GridLayout
+from oprd_megatron.preflight_teachers import check_together, deal_prompts, identity
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
 from oprd_megatron.representation.space import check_space
 from oprd_megatron.rollout.hf_engine import eos_ids
-from oprd_megatron.rollout.prompts import Prompt, load_prompts, refuse_overlap
+from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
 
@@ -62,6 +63,8 @@ class Checked:
         teacher_tokenizer: the teacher's, where it is another one; else None.
         prompts, held_out: as token ids; `held_out` is empty without an eval section.
         resume_from: checkpoint to continue from, None for a fresh start.
+        views: of several teachers, {name: the run with that one alone and the prompts that it teaches}; what else is said here
+            of the teacher is then the first one's. Empty in a run with one.
     """
 
     config: RunConfig
@@ -75,6 +78,19 @@ class Checked:
     prompts: list[Prompt]
     held_out: list[Prompt]
     resume_from: Path | None
+    views: dict[str, Checked] = field(default_factory=dict)
+
+    @property
+    def lessons(self) -> dict[str, Checked]:
+        """{name: the run as this teacher sees it}; one entry, called teacher, in a run with one."""
+        return self.views or {"teacher": self}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Ids that all models' vocabularies are padded for alike; 0 where each is padded for itself."""
+        if self.two_tokenizers:
+            return 0
+        return max(self.student.vocab_size, *(view.teacher.vocab_size for view in self.lessons.values()))
 
     @property
     def shared_vocab_size(self) -> int:
@@ -88,8 +104,10 @@ class Checked:
 
     @property
     def student_vocab_size(self) -> int:
-        """Ids that the student may write: those that the teacher can read."""
-        return self.student.vocab_size if self.two_tokenizers else self.shared_vocab_size
+        """Ids that the student may write: those that all teachers can read."""
+        if self.two_tokenizers:
+            return self.student.vocab_size
+        return min(view.shared_vocab_size for view in self.lessons.values())
 
     def sample_maker(self, prompts: list[Prompt]) -> SampleMaker:
         """Makes samples of the responses to these prompts."""
@@ -120,6 +138,32 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         UserError: one line: what, where, what to do.
     """
     resume_from = _check_run_dir(config) if starts_run else None
+    if not config.teachers:
+        checked = check_models(config, world_size, starts_run, resume_from)
+        other = checked.teacher_tokenizer
+        prompts, held_out = read_prompts(config, checked.tokenizer, other)
+        _check_context(config, checked.teacher, checked.student, prompts, held_out)
+        return replace(checked, prompts=prompts, held_out=held_out)
+    views = {}
+    for number, entry in enumerate(config.teachers):
+        try:
+            views[entry.name] = check_models(
+                config.of_teacher(entry.name), world_size, starts_run, resume_from, alone=False
+            )
+        except UserError as error:
+            raise type(error)(f"teachers[{number}] ({entry.name}): {error}") from None
+    checked = replace(next(iter(views.values())), config=config, views=views)
+    check_together(config, views, checked.padded_vocab_size, world_size)
+    prompts, held_out = read_prompts(config, checked.tokenizer, None)
+    for view in views.values():
+        _check_context(config, view.teacher, view.student, prompts, held_out)
+    return replace(checked, prompts=prompts, held_out=held_out, views=deal_prompts(config, views, prompts, held_out))
+
+
+def check_models(
+    config: RunConfig, world_size: int, starts_run: bool, resume_from: Path | None, alone: bool = True
+) -> Checked:
+    """`preflight` of a run with one teacher up to its prompts. Unless `alone`, ranks may be other teachers'."""
     architectures = {name: check_model(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
@@ -127,7 +171,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     check_space(config.distill, teacher.hidden_size, student.hidden_size)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     layer_weights(config.distill, pairs)
-    teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size)
+    teacher_layout, student_layout = resolve_grids(config, teacher, student, world_size, alone=alone)
     if config.teacher.ema_decay is not None:
         _check_average(teacher, student, teacher_layout, student_layout)
     _check_terms(config, min(teacher.vocab_size, student.vocab_size))
@@ -141,17 +185,6 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     other = theirs if config.distill.cross_tokenizer else None
     if other is None:
         check_same_tokenizer(tokenizer, theirs)
-    prompts = load_prompts(config.rollout.prompts, tokenizer, other)
-    if other is not None:
-        texts = [prompt.text for prompt in prompts[:TEXTS_TO_ALIGN]]
-        aligned = check_shared_boundaries(tokenizer, other, texts, config.distill.min_aligned)
-        logger.info("distill.cross_tokenizer: %.1f %% of the student's tokens end where one of the teacher's does, over %d "
-                    "prompts", 100 * aligned, len(texts))  # fmt: skip
-    held_out: list[Prompt] = []
-    if config.eval is not None:
-        held_out = load_prompts(config.eval.prompts, tokenizer, other)
-        refuse_overlap(prompts, held_out, config.eval.prompts.path)
-    _check_context(config, teacher, student, prompts, held_out)
     return Checked(
         config,
         teacher,
@@ -161,10 +194,28 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         pairs,
         tokenizer,
         other,
-        prompts,
-        held_out,
+        [],
+        [],
         resume_from,
     )
+
+
+def read_prompts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts; `other` is the teacher's tokenizer, where it is not the student's."""
+    routes = Routes.of(config)
+    prompts = load_prompts(config.rollout.prompts, tokenizer, other, routes)
+    if other is not None:
+        texts = [prompt.text for prompt in prompts[:TEXTS_TO_ALIGN]]
+        aligned = check_shared_boundaries(tokenizer, other, texts, config.distill.min_aligned)
+        logger.info("distill.cross_tokenizer: %.1f %% of the student's tokens end where one of the teacher's does, over %d "
+                    "prompts", 100 * aligned, len(texts))  # fmt: skip
+    held_out: list[Prompt] = []
+    if config.eval is not None:
+        held_out = load_prompts(config.eval.prompts, tokenizer, other, routes)
+        refuse_overlap(prompts, held_out, config.eval.prompts.path)
+    return prompts, held_out
 
 
 def _check_average(
@@ -289,8 +340,12 @@ def _refuse_another_run(config: RunConfig) -> None:
     if not path.exists():
         return
     before = load_config(path)
-    for key in IDENTITY:
-        old, new = (_lookup(values.model_dump(), key) for values in (before, config))
+    found = [
+        {**{key: _lookup(values.model_dump(), key) for key in IDENTITY}, **identity(values)}
+        for values in (before, config)
+    ]
+    for key, new in found[1].items():
+        old = found[0][key]
         if old != new:
             raise ConfigError(
                 f"run.dir: {config.run.dir} holds a run with another {key} ({old}, now {new}); use another run.dir"

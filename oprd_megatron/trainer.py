@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,22 @@ from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
 from oprd_megatron.errors import TrainingDiverged
+from oprd_megatron.lesson import Lesson, Outcome, Share, Totals, learn, plan_shares
 from oprd_megatron.models import DTYPES, Model
 from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
 from oprd_megatron.parallel.agreement import together
+from oprd_megatron.placing import PlacedTeacher
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
-from oprd_megatron.representation.alignment import Alignment, AlignmentReport
-from oprd_megatron.representation.batch import BatchPlan, Sample
-from oprd_megatron.representation.flow import Passes
+from oprd_megatron.representation.alignment import Alignment
+from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
-from oprd_megatron.representation.space import LowRank, Space
+from oprd_megatron.representation.space import LowRank
 from oprd_megatron.rollout import Rollout
 from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
+from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
 
 
@@ -57,37 +59,25 @@ class Trainer:
 
     Args:
         checked: from `preflight`.
-        teacher, student: from `build_models`.
+        teachers, student: from `build_all`, or from `build_models`.
         platform: of this rank.
-        space: in which states are compared; left out, it is built as the config says.
     """
 
     def __init__(
-        self, checked: Checked, teacher: Model, student: Model, platform: Platform, space: Space | None = None
+        self, checked: Checked, teachers: Model | Sequence[PlacedTeacher], student: Model, platform: Platform
     ) -> None:
         config = checked.config
         self.config, self.platform, self.student = config, platform, student
-        self.output: OutputLoss | None = None
-        if config.output.terms:
-            self.output = OutputLoss(teacher, student, config.output, platform.device)
-        self.alignment = Alignment(
-            teacher,
-            student,
-            config.distill,
-            platform,
-            config.run.micro_batch_size,
-            config.run.micro_batch_tokens,
-            space,
-            signal=self.output.signal if self.output else None,
-        )
+        if isinstance(teachers, Model):
+            teachers = [PlacedTeacher.of_one(checked, teachers, student, platform)]
+        self.lessons = [Lesson.of(teacher, student, platform) for teacher in teachers]
         self.optimizer: StudentOptimizer | None = None  # stays None on ranks of the teacher alone
         if student.grid.is_member:
             trains_head = bool(config.output.terms)
             self.optimizer = build_optimizer(student, config.optimizer, config.run.steps, platform, trains_head)
         self.average: AveragedTeacher | None = None
         if config.teacher.ema_decay is not None:
-            self.average = AveragedTeacher(teacher, student, config.teacher.ema_decay)
-        self.samples = checked.sample_maker(checked.prompts)
+            self.average = AveragedTeacher(self.lessons[0].placed.model, student, config.teacher.ema_decay)
         self.engine = build_engine(config, config.student, student.grid.layout, platform)
         self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
         self.probe = make_probe(checked.prompts)
@@ -104,82 +94,107 @@ class Trainer:
         start, phase = time.perf_counter(), Phases(self.platform)
         with phase("rollout"):
             rollouts = self.text.rollouts(step)
-        samples = self.samples.of_student(rollouts)
-        refitted = self.refit(step, samples)
+        samples = [lesson.of_rollouts(rollouts) for lesson in self.lessons]
+        refitted = self.refit(step, samples[0])
         progress = step / max(1, self.config.run.steps - 1)
-        self.alignment.advance(progress)
+        for lesson in self.lessons:
+            lesson.alignment.advance(progress)
         weights = self.output.weights(progress) if self.output else {}
-        plan = self.alignment.plan(samples)
+        shares = plan_shares(self.lessons, samples, self.is_averaged)
         every = self.config.logging.gradient_norms_every
-        norms = self.gradient_norms(step, plan, weights) if every and step % every == 0 else None
-        report, terms = self.forward_backward(step, plan, weights, phase)
+        norms = self.gradient_norms(step, shares, weights) if every and step % every == 0 else None
+        outcomes = self.forward_backward(step, shares, weights, phase)
         with phase("optimizer"):
             grad_norm, lr = self.update()
             if self.average is not None:
                 self.average.update()
         _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
-        aligned = {"oprd": self.alignment.coefficient} if self.alignment.pairs else {}
+        totals, report = Totals.of(outcomes, weights), outcomes[0].report
+        aligned = {lesson.alignment.coefficient for lesson in self.lessons if lesson.alignment.pairs}
+        shown = {"oprd": aligned.pop()} if len(aligned) == 1 else {}
         is_scheduled = isinstance(self.config.distill.coefficient, list)
-        return {
+        record = {
             "kind": "train",
             "step": step + 1,
-            "loss": report.loss + sum(weights[name] * value for name, value in terms.items()),
-            **({"terms": terms} if terms else {}),
-            **({"weights": {**aligned, **weights}} if weights or is_scheduled else {}),
+            "loss": totals.loss,
+            **({"terms": totals.terms} if totals.terms else {}),
+            **({"weights": {**shown, **weights}} if weights or is_scheduled else {}),
             **({} if norms is None else {"gradient_norms": norms}),
-            "cosine": report.mean_cosine,
+            "cosine": totals.cosine,
             "lr": lr,
             "grad_norm": grad_norm,
-            "supervised_tokens": plan.num_tokens,
+            "supervised_tokens": max(share.plan.num_tokens for share in shares),
             **_throughput(rollouts, time.perf_counter() - start),
             "seconds": phase.seconds,
-            "exchanged_bytes": self.alignment.planned_bytes(plan),
-            "chunks": len(plan.chunks),
-            **({} if report.wire_error is None else {"wire_error": report.wire_error}),
+            "exchanged_bytes": sum(share.lesson.alignment.planned_bytes(share.plan) for share in shares),
+            "chunks": sum(len(share.plan.chunks) for share in shares),
+            **({} if report.wire_error is None or self.config.teachers else {"wire_error": report.wire_error}),
             "probe_difference": difference,
             "weight_version": self.weight_version,
+        }
+        if self.config.teachers:
+            found = {outcome.share.lesson.name: outcome.record(weights) for outcome in outcomes}
+            return {**record, "teachers": {item.name: found.get(item.name, {"samples": 0}) for item in self.lessons}}
+        return {
+            **record,
             **({} if report.inside is None else {"inside": sum(report.inside) / len(report.inside)}),
             **({} if self.samples.aligned_fraction is None else {"aligned_fraction": self.samples.aligned_fraction}),
             **({"refitted": True} if refitted else {}),
             **({"layers": report.by_layer()} if report.student_layers else {}),
         }
 
+    @property
+    def alignment(self) -> Alignment:
+        """The first teacher's, which in most runs is the only one."""
+        return self.lessons[0].alignment
+
+    @property
+    def output(self) -> OutputLoss | None:
+        """The first teacher's; None without output terms."""
+        return self.lessons[0].output
+
+    @property
+    def samples(self) -> SampleMaker:
+        """The first teacher's."""
+        return self.lessons[0].samples
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether several teachers teach the same samples."""
+        return self.config.teaching is not None and self.config.teaching.by == "average"
+
     def forward_backward(
-        self, step: int, plan: BatchPlan, weights: Mapping[str, float], phase: Phases
-    ) -> tuple[AlignmentReport, dict[str, float]]:
-        """Gradients of the whole loss into the student's buffers. Returns what was measured of the states, and each output
-        term's mean. Collective.
+        self, step: int, shares: Sequence[Share], weights: Mapping[str, float], phase: Phases
+    ) -> list[Outcome]:
+        """Gradients of the whole loss into the student's buffers. Returns what each share came to. Collective.
 
         Raises:
             TrainingDiverged: some part of the loss is not finite.
         """
         if self.optimizer is not None:
             self.optimizer.zero_grad()
-        output = self.output.of_batch(plan, weights) if self.output else None
-        passes = Passes(
-            train=True,
-            chunks=self.optimizer.chunks if self.optimizer else None,
-            on_outputs=output.on_outputs if output else None,
-            phase=phase,
-        )
-        sums = self.alignment.run(plan, passes)
-        report, terms = self.alignment.reduce(sums), output.means() if output else {}
-        _stop_on_bad_loss(step + 1, report, sums, terms)
-        return report, terms
+        outcomes = []
+        for number, share in enumerate(shares):
+            outcomes.append(learn(share, weights, self.optimizer, phase, finalize=number + 1 == len(shares)))
+            _stop_on_bad_loss(step + 1, outcomes[-1], f"teacher {share.lesson.name}, " if self.config.teachers else "")
+        return outcomes
 
-    def gradient_norms(self, step: int, plan: BatchPlan, weights: Mapping[str, float]) -> dict[str, float]:
+    def gradient_norms(self, step: int, shares: Sequence[Share], weights: Mapping[str, float]) -> dict[str, float]:
         """Norm of each term's own gradient, with its weight: the representation loss's is called oprd. Collective; one pass of
         both models for each term."""
-        coefficient, phase = self.alignment.coefficient, Phases(self.platform)
+        alignments, phase = [lesson.alignment for lesson in self.lessons], Phases(self.platform)
+        coefficients = [alignment.coefficient for alignment in alignments]
         norms = {}
-        for name in [*(["oprd"] if self.alignment.pairs else []), *weights]:
-            self.alignment.coefficient = coefficient if name == "oprd" else 0.0
+        for name in [*(["oprd"] if any(alignment.pairs for alignment in alignments) else []), *weights]:
+            for alignment, coefficient in zip(alignments, coefficients, strict=True):
+                alignment.coefficient = coefficient if name == "oprd" else 0.0
             self.forward_backward(
-                step, plan, {term: weight * (term == name) for term, weight in weights.items()}, phase
+                step, shares, {term: weight * (term == name) for term, weight in weights.items()}, phase
             )
             norms[name] = self.on_every_rank(self.optimizer.grad_norm() if self.optimizer else 0.0)[0]
-        self.alignment.coefficient = coefficient
+        for alignment, coefficient in zip(alignments, coefficients, strict=True):
+            alignment.coefficient = coefficient
         return norms
 
     def on_every_rank(self, *mine: float) -> list[float]:
@@ -259,18 +274,16 @@ def _throughput(rollouts: list[Rollout], seconds: float) -> dict[str, Any]:
     }
 
 
-def _stop_on_bad_loss(
-    step: int, report: AlignmentReport, sums: dict[int, torch.Tensor], terms: Mapping[str, float]
-) -> None:
-    """Before the update: name the term, or the rank and layer, of a loss that is not finite. `report` and `terms` are the
-    same on every rank."""
-    for name, value in terms.items():
+def _stop_on_bad_loss(step: int, outcome: Outcome, whose: str) -> None:
+    """Before the update: name the term, or the rank and layer, of a loss that is not finite; `whose` goes before it."""
+    for name, value in outcome.terms.items():
         if not math.isfinite(value):
-            _stop(step, "loss", f"output term {name}")
-    if math.isfinite(report.loss):
+            _stop(step, "loss", f"{whose}output term {name}")
+    if math.isfinite(outcome.report.loss):
         return
-    bad = [layer for layer, value in sorted(sums.items()) if not value[ALIGNMENT_FIELDS.index("loss")].isfinite()]
-    _stop(step, "loss", f"student layer {bad[0]}" if bad else None)
+    field = ALIGNMENT_FIELDS.index("loss")
+    bad = [layer for layer, value in sorted(outcome.sums.items()) if not value[field].isfinite()]
+    _stop(step, "loss", f"{whose}student layer {bad[0]}" if bad else None)
 
 
 def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer | None) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from checkpoints_conversion import read_architecture
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.output import OutputConfig, reads_few
+from oprd_megatron.lesson import plan_shares
 from oprd_megatron.objectives.fused_terms import TeacherHead, TeacherSummary, output_terms, summarize
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.parallel.memory import ModelMemory
@@ -73,8 +74,9 @@ def one_step(values: dict[str, Any]) -> dict[str, Any]:
     """On a rank: a step on the batch that a plan is made for, and what was sent and is held."""
     trainer = make_trainer(values)
     assert trainer.output is not None
-    plan = trainer.alignment.plan(grids.longest_samples(trainer.config))
-    trainer.forward_backward(0, plan, trainer.output.weights(0.0), Phases(trainer.platform))
+    shares = plan_shares(trainer.lessons, [grids.longest_samples(trainer.config)])
+    plan = shares[0].plan
+    trainer.forward_backward(0, shares, trainer.output.weights(0.0), Phases(trainer.platform))
     trainer.update()
     found = {
         "planned": trainer.alignment.planned_bytes(plan),

@@ -9,6 +9,7 @@ from checkpoints_conversion import check_model
 from oprd_megatron.bridge.artefact import BridgeInfo, write_bridge
 from oprd_megatron.bridge.authors import read_ps_bank
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.preflight import check_writable, fingerprints
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
@@ -22,6 +23,7 @@ def import_ps_bank(source: Path, config: RunConfig, out: Path, first_layer: int)
         UserError: `out` cannot be written.
         CheckpointError: the file cannot be read, or is not for models of these widths and depths.
     """
+    refuse_several(config, "oprd bridge import")
     check_writable(out.parent, "--out")
     teacher, student = check_model(config.teacher.path), check_model(config.student.path)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)

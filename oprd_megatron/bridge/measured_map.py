@@ -25,6 +25,7 @@ from oprd_megatron.bridge.rows import FitRows, split_rows
 from oprd_megatron.bridge.score_plot import draw_scores
 from oprd_megatron.bridge.stage1 import answers, plot_file, watched, without_bridge
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.logging import write_atomically
 from oprd_megatron.models import Model
@@ -43,6 +44,7 @@ from oprd_megatron.representation.wire import Wire
 
 def measure_map(config: RunConfig, out: Path) -> None:
     """Write the map of a run to `out`, with a heat map of the scores beside it. On every rank."""
+    refuse_several(config, "oprd bridge map")
     for path in (out, plot_file(out)):
         if path.exists():
             raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another --out")

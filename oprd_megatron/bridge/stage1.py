@@ -18,6 +18,7 @@ from oprd_megatron.bridge.measure import HeldOutFigures, curve_table, measure, r
 from oprd_megatron.bridge.rank_plot import draw_rank_curve
 from oprd_megatron.bridge.rows import FitRows, split_rows
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import CheckpointError, ConfigError
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.agreement import together
@@ -43,6 +44,7 @@ def without_bridge(config: RunConfig) -> RunConfig:
 
 def fit(config: RunConfig, out: Path) -> None:
     """Fit a bridge and write it to `out`, with its json and a plot of all ranks beside it. On every rank."""
+    refuse_several(config, "oprd bridge fit")
     for path in (out, info_file(out), plot_file(out)):
         if path.exists():
             raise CheckpointError(f"{path}: exists already; nothing is overwritten, give another --out")

@@ -25,7 +25,12 @@ def _lines(section: type[BaseModel], prefix: str) -> list[str]:
     for name, field in section.model_fields.items():
         nested = sections_in(field.annotation)
         text = " ".join((field.description or "").split())
-        if len(nested) == 1:
+        if len(nested) == 1 and prefix.endswith("[]."):
+            there = name if name in RunConfig.model_fields else f"teacher.{name}"
+            lines.append(f"{prefix}{name}: as {there}\n    {text}")
+        elif len(nested) == 1 and get_origin(field.annotation) is list:
+            lines += ["", f"# {prefix}{name}[]: {text}", *_lines(nested[0], f"{prefix}{name}[].")]
+        elif len(nested) == 1:
             lines += ["", f"# {prefix}{name}: {text}", *_lines(nested[0], f"{prefix}{name}.")]
         elif nested:
             lines += [f"{prefix}{name}: list of {' | '.join(map(kind_of, nested))} = []\n    {text}"]

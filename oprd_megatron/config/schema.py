@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -17,6 +17,7 @@ from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
 from oprd_megatron.config.output import OutputConfig
 from oprd_megatron.config.schedule import is_ever_on
+from oprd_megatron.config.teachers import Named, TeachingConfig, alone, check_teachers, settle
 
 
 class ParallelConfig(Strict):
@@ -109,6 +110,10 @@ class TeacherConfig(ModelConfig):
     ema_decay: DecayRate | None = None
     """Self-distillation: after each step the teacher becomes ema_decay of itself and 1 - ema_decay of the student. Both need
     one architecture and one layout. Left out, the teacher stays as it is."""
+
+
+class NamedTeacher(Named, ModelConfig):
+    """One of several teachers."""
 
 
 class StudentConfig(ModelConfig):
@@ -279,8 +284,12 @@ class RunConfig(Strict):
 
     run: RunSection
     """Directory, seed, steps."""
+    teachers: list[NamedTeacher] = []  # noqa: RUF012 (pydantic copies it)
+    """Several teachers, instead of `teacher`."""
+    teaching: TeachingConfig | None = None
+    """Which of several teachers teaches which prompt."""
     teacher: TeacherConfig
-    """The frozen model."""
+    """The frozen model; of several teachers, the first."""
     student: StudentConfig
     """The model that is trained."""
     rollout: RolloutConfig
@@ -300,8 +309,18 @@ class RunConfig(Strict):
     logging: LoggingConfig = LoggingConfig()
     """What is written down."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, values: Any) -> Any:
+        return settle(values)
+
+    def of_teacher(self, name: str) -> RunConfig:
+        """The run with this one of its teachers alone."""
+        return self.model_copy(update=alone(self.teachers, name, TeacherConfig))
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        check_teachers(self)
         rollouts = self.rollout.prompts_per_step * self.rollout.responses_per_prompt
         if self.run.micro_batch_tokens is None and rollouts % self.run.micro_batch_size:
             raise ValueError(

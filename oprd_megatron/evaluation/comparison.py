@@ -25,29 +25,36 @@ def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     for label, key in _HEADLINES:
         old, new, change = _figures(before[key], after[key], digits=4)
         lines.append(f"{label:<44}{old:>10}{new:>10}{change:>10}")
-    lines += ["", "cosine per layer (student <- teacher): before, after, change", *_layer_rows(before, after)]
+    for name, first, last in _by_teacher(before, after):
+        lines += ["", f"cosine per layer (student <- teacher{name}): before, after, change", *_layer_rows(first, last)]
     return "\n".join(lines)
+
+
+def _by_teacher(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(what to add to "teacher", its two records) of each teacher; the records themselves in a run with one."""
+    if "teachers" not in after:
+        return [("", before, after)]
+    return [(f" {name}", before["teachers"][name], record) for name, record in after["teachers"].items()]
 
 
 def eval_table(record: dict[str, Any]) -> str:
     """One eval record: KL (if there is one), cross-entropy, mean cosine, and the cosine of every layer."""
-    layers = record["layers"]
-    cells = [
-        f"{student_layer:>3} <-{teacher_layer:>3}{cosine:>7.3f}"
-        for student_layer, teacher_layer, cosine in zip(
-            layers["student"], layers["teacher"], layers["cosine"], strict=True
-        )
+    lines = [
+        f"held-out, on {record['tokens']} tokens of the teacher's answers",
+        *(f"{label:<44}{record[key]:>10.4f}" for label, key in _HEADLINES if record[key] is not None),
     ]
-    num_rows = -(-len(cells) // _PER_ROW)
-    return "\n".join(
-        [
-            f"held-out, on {record['tokens']} tokens of the teacher's answers",
-            *(f"{label:<44}{record[key]:>10.4f}" for label, key in _HEADLINES if record[key] is not None),
-            "",
-            "cosine per layer (student <- teacher)",
-            *("   ".join(cells[row::num_rows]) for row in range(num_rows)),
+    for name, _, of_teacher in _by_teacher(record, record):
+        layers = of_teacher["layers"]
+        cells = [
+            f"{student_layer:>3} <-{teacher_layer:>3}{cosine:>7.3f}"
+            for student_layer, teacher_layer, cosine in zip(
+                layers["student"], layers["teacher"], layers["cosine"], strict=True
+            )
         ]
-    )
+        num_rows = -(-len(cells) // _PER_ROW)
+        lines += ["", f"cosine per layer (student <- teacher{name})"]
+        lines += ["   ".join(cells[row::num_rows]) for row in range(num_rows)]
+    return "\n".join(lines)
 
 
 def sample_answers(before: dict[str, Any], after: dict[str, Any], limit: int = 3) -> str:

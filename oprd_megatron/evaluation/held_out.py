@@ -9,7 +9,6 @@ Models with different tokenizers have no KL: their vocabularies have nothing in 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from oprd_megatron.models import Model
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment
-from oprd_megatron.representation.batch import Sample
+from oprd_megatron.representation.batch import Sample, filled_up
 from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.space import Space
 from oprd_megatron.rollout import Rollout, RolloutEngine, SamplingParams
@@ -158,9 +157,7 @@ def _portions(answers: Sequence[Sample], alignment: Alignment) -> Iterator[list[
     """Answers in portions that fill the pipelines once; the last is filled up with samples without a response, which are
     not scored."""
     layouts = alignment.teacher.grid.layout, alignment.student.grid.layout
-    unit = alignment.flow.planner.micro_batch_size * math.lcm(*(layout.dp for layout in layouts))
+    unit = alignment.flow.planner.unit
     size = unit * max(layout.pp * layout.vpp for layout in layouts)
     for first in range(0, len(answers), size):
-        portion = list(answers[first : first + size])
-        filler = replace(portion[0], response_ids=(), kept=())
-        yield portion + [filler] * (-len(portion) % unit)
+        yield filled_up(answers[first : first + size], unit)

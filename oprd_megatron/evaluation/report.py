@@ -163,10 +163,27 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
     if terms is not None:
         caption = "Every term by itself, without its weight; the representation loss is called oprd."
         figures.insert(2, ("Terms of the loss", caption, terms))
+    several = _of_teachers(records)
+    if several:  # layers are each teacher's own
+        figures = [figure for figure in figures if figure[0] not in ("Cosine per layer", "Layers at the end")] + several
     return [
         {"title": title, "id": _slug(title), "caption": caption, "svg": None if svg is None else Markup(svg)}
         for title, caption, svg in figures
     ]
+
+
+def _of_teachers(records: RunRecords) -> list[tuple[str, str, str | None]]:
+    """Of several teachers: (title, caption, figure) of each one's cosines."""
+    names = dict.fromkeys(name for record in [*records.train, *records.evals] for name in record.get("teachers", {}))
+    caption = "On the samples that this teacher teaches, and on its own held-out answers."
+    figures = []
+    for name in names:
+        train, evals = (
+            [{**record["teachers"][name], "step": record["step"]} for record in some if name in record["teachers"]]
+            for some in (records.train, records.evals)
+        )
+        figures.append((f"Cosine per layer, teacher {name}", caption, plots.cosine_heat_map(train, evals)))
+    return figures
 
 
 def _samples(evals: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -189,7 +206,9 @@ def _samples(evals: list[dict[str, Any]]) -> list[dict[str, str]]:
 def _facts(records: RunRecords, config: dict[str, Any]) -> list[tuple[str, str]]:
     train, summary = records.train, records.summary
     seconds = plots.training_seconds(train).sum()
-    facts: list[tuple[str, str]] = [(role, config[role]["path"]) for role in ("teacher", "student") if role in config]
+    named = {f"teacher {entry['name']}": entry for entry in config.get("teachers") or []}
+    models = {**(named or {"teacher": config.get("teacher")}), "student": config.get("student")}
+    facts: list[tuple[str, str]] = [(role, model["path"]) for role, model in models.items() if model]
     facts.append(("steps", f"{train[-1]['step'] if train else 0}"))
     if summary:
         facts += [

@@ -41,11 +41,16 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     kind = record["kind"]
     rest = {key: value for key, value in record.items() if key not in ("kind", "step", "layers")}
     yield from _numbers(kind, rest)
-    layers = record.get("layers", {})
+    yield from _layers(kind, record.get("layers", {}))
+    for teacher, of_teacher in record.get("teachers", {}).items():
+        yield from _layers(f"{kind}/teachers/{teacher}", of_teacher.get("layers", {}))
+
+
+def _layers(prefix: str, layers: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, values in layers.items():
         if name not in ("student", "teacher"):
             for student_layer, value in zip(layers["student"], values, strict=True):
-                yield f"{kind}/{name}/layer_{student_layer:02d}", float(value)
+                yield f"{prefix}/{name}/layer_{student_layer:02d}", float(value)
 
 
 def _numbers(prefix: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -26,7 +26,7 @@ from oprd_megatron.models.schedule import OnOutput
 from oprd_megatron.objectives.final_states import teacher_head
 from oprd_megatron.objectives.fused_terms import TeacherHead, TeacherSummary, output_terms
 from oprd_megatron.objectives.signal import TeacherColumns, TeacherStates
-from oprd_megatron.representation.batch import BatchPlan, Chunk, Outputs
+from oprd_megatron.representation.batch import BatchPlan, Chunk, Outputs, Sample
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.outputs import Supervised, heads_at, supervised_tokens
 from oprd_megatron.representation.rows import BlockRows, block_rows, gather_rows, selected_rows
@@ -63,10 +63,16 @@ class OutputLoss:
         """{term: weight} at `progress`: 0 at the first step, 1 at the last."""
         return {term.label: weight_at(term.weight, progress) for term in self.terms}
 
-    def of_batch(self, plan: BatchPlan, weights: Mapping[str, float]) -> OutputBatch:
-        """The terms of one batch."""
-        lengths = [len(sample.response_ids) for sample in plan.samples]
-        counts = [sum(len(supervised_tokens(term, length)) for length in lengths) for term in self.terms]
+    def counts(self, samples: Sequence[Sample]) -> list[int]:
+        """Supervised tokens of each term."""
+        lengths = [len(sample.response_ids) for sample in samples]
+        return [sum(len(supervised_tokens(term, length)) for length in lengths) for term in self.terms]
+
+    def of_batch(
+        self, plan: BatchPlan, weights: Mapping[str, float], counts: Sequence[int] | None = None
+    ) -> OutputBatch:
+        """The terms of one batch. `counts` are those of the global batch, where `plan` is only a part of it."""
+        counts = self.counts(plan.samples) if counts is None else counts
         return OutputBatch(self, counts, [weights[term.label] for term in self.terms])
 
 
@@ -125,7 +131,8 @@ class OutputBatch:
         return on_output
 
     def means(self) -> dict[str, float]:
-        """{term: mean over its tokens of the global batch}, in nats, of the terms at work. Collective."""
+        """{term: mean over its tokens of the global batch}, in nats, of the terms at work (of a part of it: what it adds to the
+        mean). Collective."""
         sums = self._sums.to(self.loss.device)
         if self._at_work:
             dist.all_reduce(sums)

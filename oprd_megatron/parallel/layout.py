@@ -207,6 +207,16 @@ def check_ranks(teacher: GridLayout, student: GridLayout, world_size: int) -> No
     Raises:
         LayoutError: ranks that overlap in part, or ranks without a model.
     """
+    check_overlap(teacher, student, world_size)
+    check_idle({"teacher": teacher, "student": student}, world_size)
+
+
+def check_overlap(teacher: GridLayout, student: GridLayout, world_size: int) -> None:
+    """Both models on the same ranks, or on disjoint ones.
+
+    Raises:
+        LayoutError: ranks that overlap in part.
+    """
     spans = {name: f"{layout.ranks[0]}-{layout.ranks[-1]}" for name, layout in (("t", teacher), ("s", student))}
     shared = set(teacher.ranks) & set(student.ranks)
     if shared and teacher.ranks != student.ranks:
@@ -216,11 +226,20 @@ def check_ranks(teacher: GridLayout, student: GridLayout, world_size: int) -> No
             f"teacher.parallel.ranks {spans['t']} and student.parallel.ranks {spans['s']} overlap in part; "
             f"use the same ranks or disjoint ones, for example {advice}"
         )
-    idle = sorted(set(range(world_size)) - set(teacher.ranks) - set(student.ranks))
+
+
+def check_idle(layouts: dict[str, GridLayout], world_size: int) -> None:
+    """Every rank has at least one of these models.
+
+    Raises:
+        LayoutError: ranks without a model.
+    """
+    idle = sorted(set(range(world_size)).difference(*(layout.ranks for layout in layouts.values())))
     if idle:
+        spans = ", ".join(f"{name} on {layout.ranks[0]}-{layout.ranks[-1]}" for name, layout in layouts.items())
         raise LayoutError(
-            f"{len(idle)} of {world_size} ranks have no model (the first is {idle[0]}; teacher on {spans['t']}, student on "
-            f"{spans['s']}); name them in parallel.ranks or start fewer ranks"
+            f"{len(idle)} of {world_size} ranks have no model (the first is {idle[0]}; {spans}); name them in parallel.ranks "
+            "or start fewer ranks"
         )
 
 

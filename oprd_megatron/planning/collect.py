@@ -12,6 +12,7 @@ import numpy as np
 
 from checkpoints_conversion import Architecture, read_architecture
 from oprd_megatron.config.schema import ModelConfig, RunConfig
+from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.parallel.layout import GridLayout, even_stages
 from oprd_megatron.parallel.memory import ModelMemory, StageMemory, engine_bytes, peak_spooled
@@ -46,6 +47,7 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
     Raises:
         UserError: one line: a config.json is missing, the layouts cannot work, the spool's budget is too small.
     """
+    refuse_several(config, "oprd plan")
     teacher, student = read_architecture(config.teacher.path), read_architecture(config.student.path)
     bridge, needs_equal = config.distill.bridge, config.distill.space == "identity"
     if teacher.hidden_size != student.hidden_size and needs_equal and width is None:

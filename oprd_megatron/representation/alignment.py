@@ -151,6 +151,7 @@ class Alignment:
         train: bool = False,
         chunks: Sequence[torch.nn.Module] | None = None,
         cosines_of: Callable[[Chunk], OnCosines] | None = None,
+        weight: float = 1.0,
     ) -> dict[int, torch.Tensor]:
         """Take a batch through teacher, exchange and student. No LM head is called on either model. Collective.
 
@@ -158,12 +159,13 @@ class Alignment:
             plan: from `plan`.
             passes: how; left out, Passes(train, chunks).
             train, chunks: as in `Passes`.
+            weight: factor on the gradients, besides the coefficient; what is measured is without it.
             cosines_of: makes, for each chunk, what is called with every layer's (token numbers [N], cosines [N]) on this rank.
 
         Returns:
             This rank's {student layer: sums of `ALIGNMENT_FIELDS`}; `reduce` makes a report of them.
         """
-        scale = LossScale(self.coefficient, plan.num_tokens, self.layer_weights)
+        scale = LossScale(self.coefficient * weight, plan.num_tokens, self.layer_weights)
         totals: dict[int, torch.Tensor] = {}
 
         def learn(chunk: Chunk, delivery: Delivery, forward: Forward) -> None:
@@ -176,7 +178,7 @@ class Alignment:
             for layer, value in aligner.sums().items():
                 totals[layer] = totals.get(layer, torch.zeros_like(value)) + value
 
-        self.flow.run(plan, learn, passes or Passes(train, chunks))
+        self.flow.run(plan, learn, passes or Passes(train=train, chunks=chunks))
         return totals
 
     def reduce(self, sums: dict[int, torch.Tensor]) -> AlignmentReport:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -172,6 +172,13 @@ class BatchPlan:
     chunks: list[Chunk]
 
 
+def filled_up(samples: Sequence[Sample], unit: int) -> list[Sample]:
+    """Samples, and at the end as many without a response, which are not supervised, as make their number a multiple of
+    `unit`."""
+    filler = replace(samples[0], response_ids=(), kept=())
+    return [*samples, *[filler] * (-len(samples) % unit)]
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans batches for two grids.
@@ -209,8 +216,8 @@ class Planner:
                 "no token of this batch is supervised: all responses are empty, or none of their tokens ends where one of the "
                 "teacher's does; check rollout.stop and prompts"
             )
-        units, rest = divmod(len(samples), self._unit)
-        assert rest == 0, f"{len(samples)} samples, {self._unit} at a time"
+        units, rest = divmod(len(samples), self.unit)
+        assert rest == 0, f"{len(samples)} samples, {self.unit} at a time"
         budget = self.config.spool_bytes
         count = self._overlap_chunks(units)
         while True:
@@ -249,7 +256,7 @@ class Planner:
         for pairs, tokens_of_sample, size in freight:
             for stages, layers in layers_between(pairs, self.teacher, self.student).items():
                 for side, layout in enumerate((self.teacher, self.student)):
-                    samples = -(-self._unit // layout.dp)
+                    samples = -(-self.unit // layout.dp)
                     size_of_pack = min(samples, self.micro_batch_size)
                     share = (
                         size_of_pack * tokens_of_sample
@@ -280,7 +287,7 @@ class Planner:
         return self.teacher.ranks == self.student.ranks
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Samples that both grids can arrange evenly."""
         if self.micro_batch_tokens is not None:
             return 1
@@ -288,8 +295,8 @@ class Planner:
 
     def _parts(self, count: int, parts: int) -> list[slice]:
         """`count` samples in parts of whole units, as even as they go."""
-        units = count // self._unit
-        bounds = [units * part // parts * self._unit for part in range(parts + 1)]
+        units = count // self.unit
+        bounds = [units * part // parts * self.unit for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def _chunk(self, samples: Sequence[Sample]) -> Chunk:

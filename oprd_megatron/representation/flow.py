@@ -76,13 +76,15 @@ class Passes:
     """How a batch is run.
 
     Attributes:
-        train: with backward, into the student's gradients, which are finalised with the last chunk.
+        train: with backward, into the student's gradients.
+        finalize: with the last chunk gradients are reduced over ranks; False when another batch of the same step follows.
         chunks: the student as wrapped for training (mcore's DDP); the bare one if left out.
         on_outputs: makes, for each chunk, what is called with the student's final states; left out, there is no output loss.
         phase: times teacher, exchange and student.
     """
 
     train: bool = False
+    finalize: bool = True
     chunks: Sequence[torch.nn.Module] | None = None
     on_outputs: OnOutputs | None = None
     phase: Phase = lambda name: contextlib.nullcontext()
@@ -218,7 +220,7 @@ class StateFlow:
                     forward_only=not passes.train,
                     chunks=passes.chunks,
                     on_output=on_output,
-                    finalize=number + 1 == len(plan.chunks),
+                    finalize=passes.finalize and number + 1 == len(plan.chunks),
                 )
 
         return forward

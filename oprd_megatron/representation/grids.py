@@ -7,7 +7,14 @@ import logging
 from checkpoints_conversion.architecture import Architecture
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.parallel.layout import GridLayout, check_experts, check_ranks, resolve_layout, tp_divisible
+from oprd_megatron.parallel.layout import (
+    GridLayout,
+    check_experts,
+    check_overlap,
+    check_ranks,
+    resolve_layout,
+    tp_divisible,
+)
 from oprd_megatron.representation.batch import Planner, Sample
 from oprd_megatron.representation.bridge import bridge_rank
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
@@ -19,16 +26,21 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_grids(
-    config: RunConfig, teacher: Architecture, student: Architecture, world_size: int, width: int | None = None
+    config: RunConfig,
+    teacher: Architecture,
+    student: Architecture,
+    world_size: int,
+    width: int | None = None,
+    alone: bool = True,
 ) -> tuple[GridLayout, GridLayout]:
-    """The teacher's and the student's layout. `width` as in `planner`.
+    """The teacher's and the student's layout. `width` as in `planner`; unless `alone`, ranks may be other teachers'.
 
     Raises:
         LayoutError, ConfigError: one of them, or both together, cannot work.
     """
     student_layout = _resolve(config, "student", student, world_size)
     teacher_layout = _resolve(config, "teacher", teacher, world_size)
-    check_ranks(teacher_layout, student_layout, world_size)
+    (check_ranks if alone else check_overlap)(teacher_layout, student_layout, world_size)
     for layout in (teacher_layout, student_layout):
         _check_batch(config, layout)
     if config.teacher.parallel.layers_per_stage == "follow_student":

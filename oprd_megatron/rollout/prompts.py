@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd_megatron.config.schema import PromptsConfig, template_fields
+from oprd_megatron.config.schema import PromptsConfig, RunConfig, template_fields
 from oprd_megatron.errors import DataError
 from oprd_megatron.rollout.prompt_files import Place, Row, read_fields
 
@@ -39,18 +39,25 @@ class Prompt:
     """With the chat template, if one was applied."""
     teacher_ids: tuple[int, ...] = ()
     """The same for a teacher with another tokenizer or with privileged text; empty where both read the same ids."""
+    source: str = ""
+    """Of several teachers, the name of the one that teaches it; empty where all do."""
 
 
 def load_prompts(
-    config: PromptsConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None = None
+    config: PromptsConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase | None = None,
+    routes: Routes | None = None,
 ) -> list[Prompt]:
-    """Read, wrap and tokenise a file of prompts, also for a `teacher` with another tokenizer or `teacher_template`.
+    """Read, wrap and tokenise a file of prompts, also for a `teacher` with another tokenizer or `teacher_template`. `routes`
+    say which of several teachers teaches a row.
 
     `config.limit` counts rows of the file and stops the reading there. Equal rows are tokenised once and share their
     ids (the published DAPO-Math-17k repeats each prompt about 100 times: 1.79 million rows).
 
     Raises:
-        DataError: the file cannot be read, a prompt is malformed (the message names its line), or none is left.
+        DataError: the file cannot be read, a prompt is malformed or goes to no teacher (the message names its line), or none
+            is left.
     """
     path = config.path
     readers: list[tuple[PreTrainedTokenizerBase, str | None]] = [(tokenizer, None)]
@@ -66,7 +73,7 @@ def load_prompts(
     prompts: list[Prompt] = []
     known: list[dict[str, tuple[int, ...]]] = [{} for _ in readers]
     fields = [config.field, *(name for name in template_fields(config.teacher_template or "") if name != "prompt")]
-    rows = islice(read_fields(path, fields), config.limit)
+    rows = islice(read_fields(path, [*fields, *([routes.field] if routes else [])]), config.limit)
     num_rows = 0
     while chunk := list(islice(rows, TOKENIZE_AT_ONCE)):
         num_rows += len(chunk)
@@ -76,8 +83,10 @@ def load_prompts(
             _tokenize(wrapped, seen, reader, special=not config.chat_template)
             ids.append([seen[text] for text in wrapped])
         for row, *read in zip(chunk, *ids, strict=True):
+            source = routes.teacher_of(row[1][routes.field], row[0]) if routes else ""
             if max(map(len, read)) <= config.max_tokens:
-                prompts.append(Prompt(len(prompts), _shown(row, config), *read))
+                teacher_ids = read[1] if len(read) > 1 else ()
+                prompts.append(Prompt(len(prompts), _shown(row, config), read[0], teacher_ids, source))
     if num_rows == 0:
         raise DataError(f"{path}: holds no prompts")
     if not prompts:
@@ -86,6 +95,43 @@ def load_prompts(
         logger.warning("%s: left out %d of %d prompts, over %d tokens", path, num_rows - len(prompts), num_rows,
                        config.max_tokens)  # fmt: skip
     return prompts
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The way from a row to its teacher.
+
+    Attributes:
+        field: of the row that says so.
+        to: {value: teacher}; a value that is not there is a teacher's name.
+        teachers: names.
+    """
+
+    field: str
+    to: dict[str, str]
+    teachers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Routes | None:
+        """A run's; None where every prompt goes to every teacher."""
+        teaching = config.teaching
+        if teaching is None or teaching.by == "average":
+            return None
+        return cls(teaching.field, teaching.to, tuple(teacher.name for teacher in config.teachers))
+
+    def teacher_of(self, value: Any, place: Place) -> str:
+        """Name of the teacher.
+
+        Raises:
+            DataError: there is none.
+        """
+        name = self.to.get(str(value), str(value))
+        if name not in self.teachers:
+            raise DataError(
+                f"{place}: {self.field} {str(value)[:60]!r} goes to no teacher (there are {', '.join(self.teachers)}); add it "
+                "to teaching.to, or leave the row out"
+            )
+        return name
 
 
 def refuse_overlap(train: list[Prompt], held_out: list[Prompt], path: Path | str) -> None:

@@ -35,7 +35,8 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int) -> i
     if config.distill.cross_tokenizer:
         teacher = load_tokenizer(config.teacher.path)  # prompts that are too long for it are left out
     else:
-        vocab_size = min(vocab_size, read_architecture(config.teacher.path).vocab_size)
+        teachers = [teacher.path for teacher in config.teachers] or [config.teacher.path]
+        vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
     engine = HFEngine(
         hf_dir, DTYPES[config.student.dtype], select_platform(config.run.device).device, section.batch_size

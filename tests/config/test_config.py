@@ -48,6 +48,8 @@ DEFAULTS = {
         "device": "auto",
         "export": True,
     },
+    "teachers": [],
+    "teaching": None,
     "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False, "ema_decay": None},
     "student": {
         "path": "student",
@@ -242,7 +244,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 18
+    assert len(models) == 20
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
@@ -332,7 +334,11 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "start", "suggestion"),
     [
-        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?", "known here: run, teacher, student"),
+        (
+            "optimiser.lr=1",
+            "optimiser: unknown key; did you mean 'optimizer'?",
+            "known here: run, teachers, teaching, teacher, student",
+        ),
         ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key;", "lr, min_lr, warmup_fraction"),
         ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'warmup_fraction'?", "betas"),
         ("student.parallel.tpp=2", "student.parallel.tpp: unknown key; did you mean 'tp'?", "layers_per_stage"),

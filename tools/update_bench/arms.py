@@ -67,7 +67,7 @@ class Bench:
         alignment = Alignment(self.teacher, self.student, no_states, self.platform, 1, signal=output.signal)
         plan = alignment.plan(samples)
         batch = output.of_batch(plan, output.weights(0.0))
-        alignment.run(plan, Passes(True, self.optimizer.chunks, batch.on_outputs, phase))
+        alignment.run(plan, Passes(train=True, chunks=self.optimizer.chunks, on_outputs=batch.on_outputs, phase=phase))
         return sum(batch.means().values())
 
     def _dense(self, samples: list[Sample], phase: Phase, term: str) -> float:
