@@ -334,7 +334,11 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "start", "suggestion"),
     [
-        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?", "known here: run, teachers, teaching, teacher, student"),
+        (
+            "optimiser.lr=1",
+            "optimiser: unknown key; did you mean 'optimizer'?",
+            "known here: run, teachers, teaching, teacher, student",
+        ),
         ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key;", "lr, min_lr, warmup_fraction"),
         ("optimizer.warmup=1", "optimizer.warmup: unknown key; did you mean 'warmup_fraction'?", "betas"),
         ("student.parallel.tpp=2", "student.parallel.tpp: unknown key; did you mean 'tp'?", "layers_per_stage"),
