@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oprd_megatron.bridge.health import Health
 from oprd_megatron.bridge.stage1 import fit
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.diagnosis import diagnose
 from oprd_megatron.errors import ConfigError, TeacherWeightsError
 from oprd_megatron.evaluation.comparison import eval_table
 from oprd_megatron.launch import default_num_ranks
+from oprd_megatron.loop import warnings
 from oprd_megatron.models.residence import Residence, checksum
 from oprd_megatron.optimizer import stream_gradients
 from oprd_megatron.placing import build_all
@@ -27,6 +29,7 @@ from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
 from tests.training.runs import changed, student_tensors, train_on_rank, train_records
 from tests.training.test_bad_input import refusal
+from tests.training.test_bridge_run import with_bridge
 
 Values = dict[str, Any]
 TERM = {"kind": "full", "weight": 0.5}
@@ -116,7 +119,7 @@ def by_hand(values: Values, samples: dict[str, list[Any]]) -> tuple[float, dict[
     return float(total), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
 
-APART = ({"parallel": {"pp": 2, "ranks": "0-1"}}, {"parallel": {"ranks": "2-2"}}, {"tp": 2, "ranks": "0-1"})
+APART = ({"parallel": {"tp": 2, "ranks": "0-1"}}, {"parallel": {"ranks": "2-2"}}, {"pp": 2, "ranks": "0-1"})
 """The first teacher on the student's ranks, in another layout; the second on one of its own."""
 
 
@@ -156,6 +159,7 @@ def test_averaged(tmp_path: Path, values: Values) -> None:
     one alone. Teachers that take turns change nothing, and a swap is timed."""
     run = several(values, "average")
     run["teachers"][1]["distill"] = {}
+    run = changed(run, logging={"gradient_norms_every": 1})
     math, code = ({**run, "teacher": name} for name in ("math", "code"))
     twin = {"path": run["teachers"][0]["path"], "weight": 3.0}
     twins, both = with_teachers(run, {}, twin), with_teachers(run, {}, {"weight": 3.0})
@@ -164,6 +168,9 @@ def test_averaged(tmp_path: Path, values: Values) -> None:
     one, other, double, mixed, moved = (step["record"] for step in steps)
     for key in ("loss", "grad_norm", "cosine"):
         assert double[key] == pytest.approx(one[key], rel=1e-6), key
+    assert (
+        double["gradient_norms"] == pytest.approx(one["gradient_norms"], rel=1e-6) and len(one["gradient_norms"]) == 2
+    )
     assert double["terms"]["full"] == pytest.approx(one["terms"]["full"], rel=1e-6) and "teachers" not in one
     assert double["supervised_tokens"] == one["supervised_tokens"]
     assert mixed["loss"] == pytest.approx(0.25 * one["loss"] + 0.75 * other["loss"], rel=1e-6)
@@ -213,6 +220,30 @@ def test_a_run_in_two_parts_taking_turns(tmp_path: Path, values: Values) -> None
     )
     moved = with_teachers(changed(run, run={"dir": str(whole)}), {}, {"path": run["teachers"][0]["path"]})
     assert "holds a run with another teachers" in refusal(moved, tmp_path)
+
+
+def test_a_bridge_of_its_own(tmp_path: Path, values: Values) -> None:
+    """A wider teacher through its bridge beside one without, each on a rank of its own, resumed; the bridge is watched by the
+    teacher's name."""
+    tiny_hf_model("llama", tmp_path / "teacher", num_layers=5, hidden_size=48, seed=1, std=0.1)
+    bridge = with_bridge(values, tmp_path)["distill"]["bridge"]
+    run = with_teachers(several(values), {"parallel": {"ranks": "1-1"}, "distill": {"bridge": bridge}}, {})
+    run = {**teachers_with(run, parallel={"ranks": "2-2"}), "student": {**run["student"], "parallel": {"ranks": "0-0"}}}
+    run = {**changed(run, run={"steps": 2}, eval={"every": 1}), "bridge": {"warn_drop": 0.0}}
+    train_run(changed(run, run={"stop_at": 1}))
+    folder = train_run(run)
+    assert [record["step"] for record in train_records(folder)] == [1, 2]
+    evals = train_records(folder, "eval")
+    assert [record["step"] for record in evals] == [0, 1, 2]
+    for record in evals:
+        assert len(record["teachers"]["math"]["layers"]["inside"]) == 4
+        assert "inside" not in record["teachers"]["code"]["layers"]
+    health = {"math": Health(0.0)}
+    fallen = {**evals[0]["teachers"]["math"]}
+    fallen["layers"] = {**fallen["layers"], "cosine": [-1.0] * 4}
+    assert warnings(health, evals[0]) == []
+    (*_, line) = warnings(health, {**evals[0], "step": 9, "teachers": {**evals[0]["teachers"], "math": fallen}})
+    assert line.startswith("teacher math: step 9: student layer 4: held-out cosine through the bridge fell to -1.000")
 
 
 def leave_and_return(values: Values) -> dict[str, Any]:
@@ -351,14 +382,16 @@ def test_commands_that_look_at_one_teacher(tmp_path: Path, values: Values) -> No
 
 
 def test_routed_by_sample(values: Values) -> None:
-    """The field is the teacher's name; prompts keep it, and views have their own."""
+    """The field is the teacher's name; prompts keep it, and views have their own. Only ids that all know are written."""
     run = several(values)
     path = Path(run["rollout"]["prompts"]["path"])
+    tiny_hf_model("llama", run["teachers"][1]["path"], num_layers=3, vocab_size=270, std=0.1)
     path.write_text(
         "".join(json.dumps({"prompt": f"say {n}", "by": "code" if n % 2 else "math"}) + "\n" for n in range(6))
     )
     checked = preflight(
         parse_config({**run, "eval": None, "teaching": {"by": "sample", "field": "by"}}, "test"), 1, starts_run=False
     )
+    assert checked.student_vocab_size == 270 and checked.padded_vocab_size == 288
     assert [prompt.source for prompt in checked.prompts] == ["math", "code"] * 3
     assert [prompt.index for prompt in checked.lessons["code"].prompts] == [1, 3, 5]
