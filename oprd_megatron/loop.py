@@ -30,8 +30,9 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import PlacedTeacher, build_all
 from oprd_megatron.platform import Platform, init_distributed, select_platform
-from oprd_megatron.preflight import CONFIG_FILE, Checked, preflight
+from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.space import LowRank, resume_bridge
+from oprd_megatron.run_directory import CONFIG_FILE
 from oprd_megatron.trainer import Trainer, export_student
 
 messages = logging.getLogger(__name__)

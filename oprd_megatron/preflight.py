@@ -7,26 +7,21 @@ runs it, because every rank needs what it returns; the same input gives the same
 from __future__ import annotations
 
 import logging
-import math
-import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints_conversion import Architecture, check_model, mappings_for
+from checkpoints_conversion import Architecture, check_model
 from oprd_megatron.bridge.artefact import Fingerprints, check_bridge, read_info
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
-from oprd_megatron.checkpoint import latest_checkpoint
-from oprd_megatron.config import RunConfig, load_config
+from oprd_megatron.config import RunConfig
 from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_turn
 from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
-from oprd_megatron.errors import CheckpointError, ConfigError, UserError
+from oprd_megatron.errors import ConfigError, UserError
 from oprd_megatron.parallel.layout import GridLayout
-from oprd_megatron.preflight_teachers import check_together, deal_prompts, identity
+from oprd_megatron.preflight_teachers import check_together, deal_prompts
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
@@ -35,19 +30,12 @@ from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
+from oprd_megatron.run_directory import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
 
 TEXTS_TO_ALIGN = 200
 """Prompts whose texts two tokenizers are compared on before a run."""
-
-CONFIG_FILE = "config.yaml"
-"""The resolved config, saved in the run directory."""
-
-BYTES_ON_DISK_PER_PARAMETER = 16
-
-IDENTITY = ("run.seed", "teacher.path", "teacher.ema_decay", "student.path", "rollout.prompts", "distill", "output")
-"""What makes two configs the same run."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     Raises:
         UserError: one line: what, where, what to do.
     """
-    resume_from = _check_run_dir(config) if starts_run else None
+    resume_from = check_run_dir(config) if starts_run else None
     if not config.teachers:
         checked = check_models(config, world_size, starts_run, resume_from)
         other = checked.teacher_tokenizer
@@ -167,7 +155,7 @@ def check_models(
     architectures = {name: check_model(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
-        _check_disk(config, student)
+        check_disk(config, student)
     check_space(config.distill, teacher.hidden_size, student.hidden_size)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     layer_weights(config.distill, pairs)
@@ -281,81 +269,6 @@ def fingerprints(
 
 def _models(config: RunConfig) -> dict[str, ModelConfig]:
     return {"teacher": config.teacher, "student": config.student}
-
-
-def _check_run_dir(config: RunConfig) -> Path | None:
-    """The checkpoint to resume from; also refuses a run directory that cannot be written."""
-    folder = config.run.dir
-    check_writable(folder, "run.dir")
-    _refuse_another_run(config)
-    newest = latest_checkpoint(folder)
-    if newest is not None and config.checkpoint.resume == "never":
-        raise CheckpointError(
-            f"run.dir: {folder} already holds {newest.name}; set checkpoint.resume: auto to continue, or use another run.dir"
-        )
-    return newest
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """`folder` can be written, or made.
-
-    Args:
-        folder: where results will go.
-        key: of the config or the command line, for the message.
-
-    Raises:
-        UserError: it cannot.
-    """
-    existing = _existing_parent(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {existing} is not a directory that can be written; choose another {key}")
-
-
-def _check_disk(config: RunConfig, student: Architecture) -> None:
-    """Room for one checkpoint and the export: weights, fp32 master weights and two Adam moments make 16 bytes a parameter,
-    in fp32 (4 + 8 + 4) as in bf16 (2 + 4 + 8 + 2)."""
-    parameters = sum(
-        math.prod(shape)
-        for mapping in mappings_for(student).values()
-        for shape in (mapping.hf_shapes.values() if mapping.exported else ())
-    )
-    needed = BYTES_ON_DISK_PER_PARAMETER * parameters
-    free = shutil.disk_usage(_existing_parent(config.run.dir)).free
-    if free < needed:
-        raise UserError(
-            f"run.dir: {config.run.dir} has {free / 1e9:.1f} GB free, but a checkpoint and the exported student need "
-            f"{needed / 1e9:.1f} GB; free some space or choose another run.dir"
-        )
-
-
-def _existing_parent(folder: Path) -> Path:
-    """The folder itself, or the nearest folder above it that exists."""
-    return next(parent for parent in (folder, *folder.parents, Path(".")) if parent.exists())
-
-
-def _refuse_another_run(config: RunConfig) -> None:
-    """A run directory belongs to one run: its models, data, loss and seed may not change. Layouts, the number of steps and
-    what is logged may."""
-    path = config.run.dir / CONFIG_FILE
-    if not path.exists():
-        return
-    before = load_config(path)
-    found = [
-        {**{key: _lookup(values.model_dump(), key) for key in IDENTITY}, **identity(values)}
-        for values in (before, config)
-    ]
-    for key, new in found[1].items():
-        old = found[0][key]
-        if old != new:
-            raise ConfigError(
-                f"run.dir: {config.run.dir} holds a run with another {key} ({old}, now {new}); use another run.dir"
-            )
-
-
-def _lookup(values: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        values = values[part]
-    return values
 
 
 def _check_context(

@@ -3,7 +3,8 @@
 #
 #   bash tools/test.sh [--fast] [pytest arguments]
 #
-# --fast leaves out the tests marked slow (more than a minute each).
+# --fast leaves out the tests marked slow (more than a minute each). Without pytest arguments two processes share the tests, file by
+# file; with some there is one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,9 +13,13 @@ if [[ "${1:-}" == --fast ]]; then
     selection=(-m "not slow and not matrix")
     shift
 fi
+processes=()
+if [[ $# -eq 0 ]]; then
+    processes=(-n 2 --dist loadfile)
+fi
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh demo,dev
 
 # Several ranks share the cores in the multi-process tests: one thread each.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+exec "$PYTHON" -m pytest ${processes[@]+"${processes[@]}"} ${selection[@]+"${selection[@]}"} "$@"

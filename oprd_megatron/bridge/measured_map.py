@@ -33,13 +33,14 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
-from oprd_megatron.preflight import Checked, check_writable, preflight
+from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.batch import BatchPlan, Chunk
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.flow import Forward, Passes, StateFlow
 from oprd_megatron.representation.layer_map import LayerPair, proportional_layer
 from oprd_megatron.representation.listener import PairedRows
 from oprd_megatron.representation.wire import Wire
+from oprd_megatron.run_directory import check_writable
 
 
 def measure_map(config: RunConfig, out: Path) -> None:

@@ -25,13 +25,14 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import Platform, init_distributed, select_platform
-from oprd_megatron.preflight import Checked, check_writable, fingerprints, preflight
+from oprd_megatron.preflight import Checked, fingerprints, preflight
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.rollout.build import build_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 from oprd_megatron.rollout.weight_sync import sync_weights
+from oprd_megatron.run_directory import check_writable
 
 T = TypeVar("T")
 
