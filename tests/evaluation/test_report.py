@@ -16,6 +16,7 @@ SECTIONS = {
     "training-loss",
     "cosine-per-layer",
     "layers-at-the-end",
+    "next-token-distributions",
     "responses",
     "time",
     "optimizer",
@@ -45,6 +46,8 @@ def train_record(step):
         "seconds": {name: value * (1 + 0.1 * math.sin(step + value)) for name, value in PHASES.items()},
         "probe_difference": 1e-5,
         "weight_version": step,
+        "terms": {"full": 0.1 + left},
+        "gradient_norms": {"oprd": 2 * left, "full": left},
         "layers": {
             "student": students,
             "teacher": [2 * layer for layer in students],
@@ -66,9 +69,14 @@ def eval_record(step, **values):
         "kl": 0.1 + left,
         "cross_entropy": 1.2 + left,
         "cosine": train["cosine"],
+        "student_entropy": 3 - left,
+        "teacher_entropy": 2.5,
+        "top_overlap": 0.9 - left / 2,
+        "terms": {"oprd": left, "full": 0.1 + left},
         "tokens": 2048,
         "seconds": 3.0,
         "layers": layers,
+        "curves": {"k": [1, 2, 4, 8], "first": [None, 0.8, 0.85, 0.9], "last": [0.7, 0.75, 0.85, 0.9]},
         **values,
     }
 
@@ -128,12 +136,12 @@ class Page(HTMLParser):
 
 
 def test_a_whole_run_fills_every_section(tmp_path):
-    """All sections and seven figures are there, and the headline figures are those of the first and last evaluation."""
+    """All sections and ten figures are there, and the headline figures are those of the first and last evaluation."""
     path = write_report(write_run(tmp_path / "demo", full_records()))
     page = Page(path)
     assert path == tmp_path / "demo" / "report.html"
-    assert page.ids >= SECTIONS
-    assert page.tags.count("svg") == 7
+    assert page.ids >= SECTIONS | {"terms-of-the-loss", "along-a-response"}
+    assert page.tags.count("svg") == 10
     assert "Not measured" not in page.text
     for figure in ("1.100 →", "0.182", "-0.918 (-83%)", "30 of 30 steps, finished", "5 min 02 s", "3.00 GiB", "demo"):
         assert figure in page.text
@@ -150,32 +158,39 @@ def test_the_page_asks_the_network_for_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("records", "figures"),
+    ("records", "figures", "extra"),
     [
-        ([eval_record(0)], 2),
-        ([train_record(1)], 6),
-        ([eval_record(0), train_record(1)], 7),
-        ([{"kind": "train", "step": 1, "loss": None}], 3),
-        ([train_record(step) for step in range(1, 101)], 6),
-        ([{"kind": "summary", "step": 0, "wall_seconds": 1.0, "peak_memory_bytes": 1, "ranks": 1, "export": None}], 0),
+        ([eval_record(0)], 3, {"along-a-response"}),
+        ([train_record(1)], 6, {"terms-of-the-loss"}),
+        ([eval_record(0), train_record(1)], 8, {"along-a-response", "terms-of-the-loss"}),
+        ([{"kind": "train", "step": 1, "loss": None}], 3, set()),
+        ([train_record(step) for step in range(1, 101)], 6, {"terms-of-the-loss"}),
+        ([eval_record(0, student_entropy=None, curves=None)], 2, set()),
+        (
+            [{"kind": "summary", "step": 0, "wall_seconds": 1.0, "peak_memory_bytes": 1, "ranks": 1, "export": None}],
+            0,
+            set(),
+        ),
     ],
 )
-def test_a_partial_run_shows_what_there_is(tmp_path, records, figures):
-    """Every section stands, and says so where nothing was measured."""
+def test_a_partial_run_shows_what_there_is(tmp_path, records, figures, extra):
+    """Every section stands, and says so where nothing was measured; two stand only where they were."""
     page = Page(write_report(write_run(tmp_path, records, config="")))
-    assert page.ids >= SECTIONS
-    assert page.tags.count("svg") == figures
-    assert page.text.count("Not measured") == 7 - figures + 1
+    assert page.ids >= SECTIONS | extra
+    assert not page.ids & ({"along-a-response", "terms-of-the-loss"} - extra)
+    assert page.tags.count("svg") == figures + len(extra)
+    assert page.text.count("Not measured") == 8 - figures + 1
 
 
 def test_a_student_that_equals_its_teacher_can_be_shown(tmp_path):
     """Loss 0, cosine 1 and MSE 0 at every layer draw without a warning (no log of zero, no empty colour range)."""
     train = {**train_record(1), "loss": 0.0}
     train["layers"] = {**train["layers"], "cosine": [1.0] * NUM_LAYERS, "mse": [0.0] * NUM_LAYERS}
+    train["terms"], train["gradient_norms"] = {"full": 0.0}, {"oprd": 0.0, "full": 0.0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = Page(write_report(write_run(tmp_path, [train, {**train, "step": 2}])))
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
 
 
 def test_a_running_run_is_read_up_to_its_last_whole_line(tmp_path):
