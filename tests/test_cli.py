@@ -7,9 +7,10 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oprd_megatron.config.base import sections_in
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.logging import read_records
 from tests.training.runs import changed, with_layout
@@ -54,12 +56,14 @@ def yaml_of(values: dict[str, Any], folder: Path) -> Path:
 
 
 def leaves(section: type, prefix: str = "") -> list[str]:
-    """Dotted names of every field that is not a section."""
+    """Dotted names of every field that is not a section; of a list of sections, `list[].field`."""
     found = []
     for name, field in section.model_fields.items():
-        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = next((m for m in members if isinstance(m, type) and hasattr(m, "model_fields")), None)
-        found += leaves(nested, f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+        nested = sections_in(field.annotation)
+        if get_origin(field.annotation) is list and nested:
+            found += [f"{prefix}{name}[].{key}" for one in nested for key in one.model_fields]
+        else:
+            found += leaves(nested[0], f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
     return found
 
 
@@ -82,15 +86,15 @@ def test_top_level_help_names_every_command() -> None:
 
 
 def test_config_lists_every_field() -> None:
-    """Each key once, with type and meaning."""
+    """Each key once, with type and meaning; a key that several kinds of an entry have once for each."""
     result = oprd("config")
     assert_done(result)
-    names = leaves(RunConfig)
+    names = Counter(leaves(RunConfig))
     assert len(names) > 50
     lines = result.stdout.splitlines()
-    for name in names:
-        (at,) = [number for number, line in enumerate(lines) if line.startswith(f"{name}: ")]
-        assert lines[at + 1].strip(), f"{name} is not explained"
+    for name, count in names.items():
+        there = [number for number, line in enumerate(lines) if line.startswith(f"{name}: ")]
+        assert len(there) == count and all(lines[at + 1].strip() for at in there), f"{name} is not explained"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

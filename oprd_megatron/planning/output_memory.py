@@ -2,8 +2,8 @@
 
     teacher's head        e_T V_local d_T            on the student's last stage all run long, unless the teacher's own is there
     logits                4 n V_local buffers        of n tokens at a time (`logit_buffers`)
-    gradient of the head  4 V_local d_S              summed up in fp32 while the logits come and go, and then
-                          8 or (bf16) 6 V_local d_S  without logits: that and what is made of it
+    gradient of the head  4 V_local d_S              summed up in fp32 while the logits come and go, and then,
+                          for bf16, 6 V_local d_S    without logits: that and its copy in the head's dtype
 
 Logits and gradient exist while a micro-batch is at the end of the student's last stage. Where the teacher's last stage applies
 its head it has logits of its own, earlier. Rows of states, masks and a few ids of each token are not counted (a few per cent).
@@ -104,8 +104,9 @@ class OutputMemory:
         logits = self._logits(
             self.student, self.most_tokens[1], with_both=self.outputs.head == "student", summary=False
         )
-        itemsize, numbers = DTYPE_BYTES[self.student.dtype], self.student.head_numbers
-        return max(logits + GRADIENT_BYTES * numbers, (GRADIENT_BYTES + itemsize) * numbers)
+        copy = DTYPE_BYTES[self.student.dtype] if self.student.dtype != "fp32" else 0
+        numbers = self.student.head_numbers
+        return max(logits + GRADIENT_BYTES * numbers, (GRADIENT_BYTES + copy) * numbers)
 
     def _logits(self, model: ModelMemory, most_tokens: int, *, with_both: bool, summary: bool) -> int:
         tokens, rows = min(self.config.chunk_tokens, most_tokens), model.sharding.vocab_size_padded // model.layout.tp
