@@ -23,12 +23,11 @@ from oprd_megatron.objectives.fused_terms import TeacherHead, output_terms
 from oprd_megatron.objectives.output_loss import delivered_rows
 from oprd_megatron.objectives.signal import TeacherStates
 from oprd_megatron.objectives.vocab_parallel import (
-    top_k_overlap,
     vocab_parallel_entropy,
     vocab_parallel_gather,
     vocab_parallel_kl,
     vocab_parallel_log_softmax,
-    vocab_parallel_top_k,
+    vocab_parallel_overlap,
 )
 from oprd_megatron.representation.batch import Chunk, Sample
 from oprd_megatron.representation.exchange import Delivery
@@ -120,8 +119,7 @@ class OutputMeasures:
                 log_p = vocab_parallel_log_softmax(taught[some] @ self.head.T, self.vocab_size, group)
                 found[0] = vocab_parallel_kl(log_p, log_q, group)
                 found.append(vocab_parallel_entropy(log_p, group))
-                tops = (vocab_parallel_top_k(shard, self.top, self.vocab_size, group)[0] for shard in (log_p, log_q))
-                found.append(top_k_overlap(*tops))
+                found.append(vocab_parallel_overlap(log_p, log_q, self.top, self.vocab_size, group))
             else:
                 found += [zero, zero]
             sums += torch.stack(

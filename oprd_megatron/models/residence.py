@@ -65,11 +65,6 @@ class Residence:
         self._parameters = canonical_parameters(model.chunks)
         self._device = next((p.device for p in self._parameters.values()), torch.device("cpu"))
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the host copies."""
-        return sum(item.host.numel() for item in self.luggage)
-
     @torch.no_grad()
     def leave(self) -> None:
         """Free the device's memory. The parameters are empty until `come_back`."""

@@ -1,1 +1,1 @@
-"""Output-space quantities on vocabulary-parallel heads. (Training objectives in output space are not here yet.)"""
+"""Output-space terms: distances between the next-token distributions of student and teacher, on vocabulary-parallel heads."""
