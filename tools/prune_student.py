@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from checkpoints_conversion import Architecture, check_model
 from checkpoints_conversion.formats import copy_companions
-from oprd_megatron.config.schema import PromptsConfig
+from oprd_megatron.config.rollout import PromptsConfig
 from oprd_megatron.entry import quiet_libraries
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.rollout import HFEngine, SamplingParams, load_prompts, make_requests

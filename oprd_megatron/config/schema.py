@@ -8,7 +8,6 @@ live where those are opened. Terms: B rollouts, T response tokens, L layers, d w
 from __future__ import annotations
 
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -16,6 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
 from oprd_megatron.config.output import OutputConfig
+from oprd_megatron.config.rollout import PromptsConfig, RolloutConfig
 from oprd_megatron.config.schedule import is_ever_on
 from oprd_megatron.config.teachers import Named, TeachingConfig, alone, check_teachers, settle
 
@@ -129,63 +129,6 @@ class StudentConfig(ModelConfig):
                 "parallel.layers_per_stage: follow_student is for the teacher; the student cannot follow itself"
             )
         return self
-
-
-def template_fields(template: str) -> list[str]:
-    """Fields of a row that a template names: `answer` of {answer}, `reward_model` of {reward_model[ground_truth]}."""
-    return [name.split("[")[0].split(".")[0] for _, name, _, _ in Formatter().parse(template) if name is not None]
-
-
-class PromptsConfig(Strict):
-    """A file of prompts: .jsonl, .json (a list) or .parquet."""
-
-    path: Path
-    """The file."""
-    field: str = "prompt"
-    """Name of the field or column that holds the prompt: a string, or a list of chat messages (role, content)."""
-    limit: PositiveInt | None = None
-    """Use only the first so many prompts."""
-    chat_template: bool = True
-    """Wrap the prompt in the tokenizer's chat template; false feeds the raw text."""
-    max_tokens: PositiveInt = 1024
-    """Prompts longer than this many tokens are left out (the number left out is logged)."""
-    teacher_template: str | None = None
-    """What the teacher reads instead of the prompt, for self-distillation with privileged text: {prompt} and any other field of
-    the row, such as {answer} or {reward_model[ground_truth]}. The response's tokens are the same for both."""
-
-    @model_validator(mode="after")
-    def _check(self) -> PromptsConfig:
-        if self.teacher_template is not None and "prompt" not in template_fields(self.teacher_template):
-            raise ValueError("teacher_template: has no {prompt}, so the teacher would not see the question; put it in")
-        return self
-
-
-class RolloutConfig(Strict):
-    """The student writes responses to prompts with its own current weights."""
-
-    engine: Literal["hf"] = "hf"
-    """hf: transformers' generate in this process, fed from memory after every update."""
-    prompts: PromptsConfig
-    """Training prompts."""
-    prompts_per_step: PositiveInt = 8
-    """Prompts in one training step."""
-    responses_per_prompt: PositiveInt = 2
-    """Responses sampled for each prompt."""
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Nucleus sampling; 1 samples from the whole vocabulary."""
-    max_response_tokens: PositiveInt = 1024
-    """Responses are cut at this many tokens."""
-    stop: list[str] = []  # noqa: RUF012 (pydantic copies it)
-    """Extra stop strings, besides the model's end-of-sequence tokens."""
-    num_engines: PositiveInt | None = None
-    """Ranks that hold an engine (a copy of the student); left out, all of them on GPUs, on CPU one for each core."""
-    batch_size: PositiveInt = 64
-    """Sequences one engine decodes at a time."""
-    probe_tolerance: Annotated[float, Field(gt=0.0)] | None = None
-    """Largest log-probability difference (nats) allowed between engine and trainer on the probe after a weight sync;
-    left out, 1e-3 for an fp32 student and 0.35 for bf16."""
 
 
 class OptimizerConfig(Strict):

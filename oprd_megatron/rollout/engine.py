@@ -54,7 +54,10 @@ class Rollout:
     weight_version: int
     """Version of the weights that wrote it."""
     finished: bool
-    """True: ended by an end-of-sequence token or stop string. False: cut at max_response_tokens."""
+    """True: ended by an end-of-sequence token or stop string. False: cut at max_response_tokens, or by a time limit."""
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability (nats) of each response token under the distribution that it was drawn from: with the temperature, within
+    the nucleus of top_p. None if the engine does not say."""
 
 
 class RolloutEngine(Protocol):
@@ -74,6 +77,34 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
+        ...
+
+
+class Generation(Protocol):
+    """Requests on their way, in an engine that writes by itself."""
+
+    def take(self, min_tokens: int | None = None) -> list[Rollout]:
+        """Wait for finished responses that were not taken before.
+
+        Args:
+            min_tokens: wait until there are so many response tokens, or until all is done; None waits for all.
+
+        Returns:
+            In the order of sample indices; nothing once all have been taken.
+        """
+        ...
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether every response has been taken."""
+        ...
+
+
+class DecodingEngine(RolloutEngine, Protocol):
+    """An engine that goes on writing while its caller does something else."""
+
+    def start(self, requests: list[Request], params: SamplingParams, step: int) -> Generation:
+        """Begin to write; `generate` is `start` and `take` of all. No weights may be updated before all are taken."""
         ...
 
 

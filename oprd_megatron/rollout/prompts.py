@@ -17,7 +17,8 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from oprd_megatron.config.schema import PromptsConfig, RunConfig, template_fields
+from oprd_megatron.config.rollout import PromptsConfig, template_fields
+from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import DataError
 from oprd_megatron.rollout.prompt_files import Place, Row, read_fields
 

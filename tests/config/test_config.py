@@ -13,7 +13,8 @@ from pydantic import BaseModel
 
 from oprd_megatron.config import RunConfig, dump_config, load_config, parse_config
 from oprd_megatron.config.base import sections_in
-from oprd_megatron.config.schema import EvalConfig, ParallelConfig, PromptsConfig
+from oprd_megatron.config.rollout import PromptsConfig
+from oprd_megatron.config.schema import EvalConfig, ParallelConfig
 from oprd_megatron.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,6 +61,8 @@ DEFAULTS = {
     },
     "rollout": {
         "engine": "hf",
+        "schedule": "sync",
+        "max_staleness": 1,
         "prompts": {
             "path": "prompts.jsonl",
             "field": "prompt",
@@ -74,9 +77,38 @@ DEFAULTS = {
         "top_p": 1.0,
         "max_response_tokens": 1024,
         "stop": [],
-        "batch_size": 64,
         "num_engines": None,
+        "batch_size": 64,
         "probe_tolerance": None,
+        "overlap_tokens": None,
+        "truncated": "keep",
+        "duplicates": "keep",
+        "empty": "keep",
+        "timeout_seconds": None,
+        "buffer": True,
+        "file": None,
+        "mismatch": {"every": 0, "gate": "none", "limit": 0.5},
+        "vllm": {
+            "tp": 1,
+            "max_model_len": None,
+            "gpu_memory_utilization": 0.5,
+            "enforce_eager": False,
+            "cuda_graph_sizes": [],
+            "args": {},
+        },
+        "server": {
+            "urls": [],
+            "start": 1,
+            "python": None,
+            "port": 8100,
+            "ready_seconds": 900.0,
+            "request_seconds": 600.0,
+            "retries": 3,
+            "inflight_tokens": 65536,
+            "transfer": "auto",
+            "transfer_dir": None,
+            "bucket_bytes": 256 * 2**20,
+        },
     },
     "distill": {
         "layers": "all",
@@ -244,7 +276,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 20
+    assert len(models) == 23
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"

@@ -13,7 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from oprd_megatron.config.schema import PromptsConfig
+from oprd_megatron.config.rollout import PromptsConfig
 from oprd_megatron.errors import DataError
 from oprd_megatron.rollout import Prompt, load_prompts, refuse_overlap
 from tests.cross_tokenizer.cross_runs import tokenizer_of
