@@ -35,7 +35,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     from oprd_megatron.platform import init_distributed, select_platform
     from oprd_megatron.preflight import preflight
     from oprd_megatron.representation.space import resume_bridge
-    from oprd_megatron.rollout.build import build_engine
+    from oprd_megatron.rollout.build import build_hf_engine
     from oprd_megatron.rollout.weight_sync import sync_weights
 
     if config.eval is None:
@@ -50,7 +50,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
             if not config.teachers:
                 resume_bridge(teachers[0].space, checkpoint / BRIDGE, checked.pairs, teachers[0].model, student)
         held_out = Evaluation(checked, teachers, student, platform)
-        engine = build_engine(config, config.student, student.grid.layout, platform)
+        engine = build_hf_engine(config, config.student, student.grid.layout, platform)
         sync_weights(engine, student, version=0)
         record = held_out.record(0, engine, samples=True)
         if dist.get_rank() == 0:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from oprd_megatron.models import Model
@@ -83,6 +84,7 @@ class Share:
         plan: its samples, filled up to what both grids can arrange; `num_tokens` is what the loss divides by.
         num_samples, num_tokens, counts: samples, supervised tokens and tokens of each output term of this share alone.
         denominators: what each output term divides by.
+        silent_tokens: tokens that teach nothing but count in the mean.
     """
 
     lesson: Lesson
@@ -91,31 +93,48 @@ class Share:
     num_tokens: int
     counts: Sequence[int]
     denominators: Sequence[int]
+    silent_tokens: int = 0
 
 
-def plan_shares(lessons: Sequence[Lesson], samples: Sequence[Sequence[Sample]], averaged: bool = False) -> list[Share]:
-    """Plan a step; a lesson without a supervised token is left out.
+def plan_shares(
+    lessons: Sequence[Lesson],
+    samples: Sequence[Sequence[Sample]],
+    averaged: bool = False,
+    silent: Sequence[Sequence[Sample]] | None = None,
+    denominator: int | None = None,
+) -> list[Share]:
+    """Plan a step, or a group of its samples; a lesson without a supervised token is left out.
 
     Args:
         lessons: of the run.
         samples: each lesson's.
         averaged: every lesson has means of its own; else they are over all lessons.
+        silent: each lesson's samples that teach nothing but count in the mean; left out, there are none.
+        denominator: what everything is divided by for now, because the step's tokens are not known yet.
 
     Raises:
         DataError: no token of the batch is supervised.
     """
-    parts = [(lesson, some) for lesson, some in zip(lessons, samples, strict=True) if some]
-    tokens = [lesson.alignment.flow.planner.num_tokens(some) for lesson, some in parts]
-    taught = [part for part, number in zip(parts, tokens, strict=True) if number] or parts[:1]
-    counts = [lesson.output.counts(some) if lesson.output else [] for lesson, some in taught]
+    silent = silent or [[] for _ in lessons]
+    parts = [part for part in zip(lessons, samples, silent, strict=True) if part[1]]
+    tokens, silent_tokens = ([lesson.alignment.flow.planner.num_tokens(part[which]) for lesson, *part in parts]
+                             for which in (0, 1))  # fmt: skip
+    there = [number for number, count in enumerate(tokens) if count] or [0]
+    counts = [lesson.output.counts([*some, *others]) if lesson.output else [] for lesson, some, others in parts]
     shares = []
-    for (lesson, some), mine in zip(taught, counts, strict=True):
+    for number in there:
+        lesson, some, _ = parts[number]
         plan = lesson.alignment.plan(filled_up(some, lesson.alignment.flow.planner.unit))
-        own, denominators = plan.num_tokens, mine
+        mine, own = tokens[number] + silent_tokens[number], lesson.output.counts(some) if lesson.output else []
+        whole, denominators = mine, counts[number]
         if not averaged:
-            plan = replace(plan, num_tokens=sum(tokens))
+            whole = sum(tokens) + sum(silent_tokens)
             denominators = [sum(of_term) for of_term in zip(*counts, strict=True)]
-        shares.append(Share(lesson, plan, len(some), own, mine, denominators))
+        if denominator is not None:
+            whole, denominators = denominator, [denominator] * len(own)
+        share = Share(lesson, replace(plan, num_tokens=whole), len(some), tokens[number], own, denominators,
+                      silent_tokens[number])  # fmt: skip
+        shares.append(share)
     return shares
 
 
@@ -128,12 +147,14 @@ class Outcome:
         report: averages over the share's own tokens.
         terms: what the share adds to each output term's mean, without the lesson's weight.
         sums: this rank's, as `Alignment.run` returns them.
+        rounding: what this rank's part of the wire lost (`Delivery`).
     """
 
     share: Share
     report: AlignmentReport
     terms: dict[str, float]
     sums: dict[int, torch.Tensor]
+    rounding: np.ndarray
 
     @property
     def weight(self) -> float:
@@ -191,7 +212,58 @@ def learn(
             phase=phase,
         )
         sums = lesson.alignment.run(share.plan, passes, weight=placed.weight)
-    return Outcome(share, lesson.alignment.reduce(sums), output.means() if output else {}, sums)
+    rounding = lesson.alignment.flow.rounding
+    return Outcome(share, lesson.alignment.reduce(sums), output.means() if output else {}, sums, rounding)
+
+
+def whole_step(parts: Sequence[Outcome], averaged: bool = False) -> tuple[list[Outcome], float]:
+    """A step that was learned in groups with one provisional denominator, as if at once. Collective.
+
+    Representation loss and output terms count the same tokens (checked with the config), so that one factor puts all right.
+
+    Args:
+        parts: of all groups, in order; at least one.
+        averaged: as for `plan_shares`.
+
+    Returns:
+        One outcome for each lesson; the factor that the gradients lack.
+    """
+    by_lesson: dict[str, list[Outcome]] = {}
+    for part in parts:
+        by_lesson.setdefault(part.share.lesson.name, []).append(part)
+    counted = {
+        name: sum(part.share.num_tokens + part.share.silent_tokens for part in some) for name, some in by_lesson.items()
+    }
+    whole, outcomes = sum(counted.values()), []
+    for name, some in by_lesson.items():
+        first, provisional = some[0].share, some[0].share.plan.num_tokens
+        total = counted[name] if averaged else whole
+        plan = BatchPlan(
+            [sample for part in some for sample in part.share.plan.samples],
+            total,
+            [chunk for part in some for chunk in part.share.plan.chunks],
+        )
+        share = replace(
+            first,
+            plan=plan,
+            num_samples=sum(part.share.num_samples for part in some),
+            num_tokens=sum(part.share.num_tokens for part in some),
+            counts=[sum(of_term) for of_term in zip(*(part.share.counts for part in some), strict=True)],
+            denominators=[total] * len(first.counts),
+            silent_tokens=sum(part.share.silent_tokens for part in some),
+        )
+        sums: dict[int, torch.Tensor] = {}
+        for part in some:
+            for layer, value in part.sums.items():
+                sums[layer] = sums.get(layer, torch.zeros_like(value)) + value
+        rounding = sum((part.rounding for part in some), np.zeros(2))
+        terms = {
+            label: sum(part.terms.get(label, 0.0) for part in some) * provisional / total for label in some[0].terms
+        }
+        report = first.lesson.alignment.reduce(sums, rounding)
+        outcomes.append(Outcome(share, report, terms, sums, rounding))
+    factor = outcomes[0].share.plan.num_tokens
+    return outcomes, parts[0].share.plan.num_tokens / factor
 
 
 @dataclass(frozen=True)

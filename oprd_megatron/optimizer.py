@@ -45,6 +45,14 @@ class StudentOptimizer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def finish_gradients(self, factor: float) -> None:
+        """Reduce over ranks the gradients of passes that were left unfinished, and scale them. Collective over the grid."""
+        models = [chunk.module for chunk in self.chunks]
+        with self.platform.scope():
+            models[0].config.finalize_model_grads_func(self.chunks, None, pg_collection=models[0].pg_collection)
+        for chunk in self.chunks:
+            chunk.scale_gradients(factor)
+
     def grad_norm(self) -> float:
         """Norm of the gradients as they are, over the whole model. Collective over the grid."""
         with self.platform.scope():

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,8 @@ import torch.distributed as dist
 from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
-from oprd_megatron.errors import TrainingDiverged
-from oprd_megatron.lesson import Lesson, Outcome, Share, Totals, learn, plan_shares
+from oprd_megatron.errors import TrainingDiverged, WeightSyncError
+from oprd_megatron.lesson import Lesson, Outcome, Share, Totals, learn, plan_shares, whole_step
 from oprd_megatron.models import DTYPES, Model
 from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
@@ -32,11 +33,13 @@ from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
 from oprd_megatron.representation.space import LowRank
-from oprd_megatron.rollout import Rollout
-from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout import Rollout, RolloutEngine
+from oprd_megatron.rollout.build import build_hf_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -53,6 +56,36 @@ class Phases:
         self.platform.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def of_each(self, name: str, items: Iterator[T]) -> Iterator[T]:
+        """The items, with the time that it takes to get each."""
+        while True:
+            with self(name):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+@dataclass
+class Studied:
+    """What a step has come to so far.
+
+    Attributes:
+        rollouts: all that were taken.
+        waiting: of them, those that are not learned from yet.
+        outcomes: of the shares.
+        staleness: most versions that the weights of a rollout are behind the student's.
+        norms: of each term's gradient, if they were measured.
+        refitted: the bridge was.
+    """
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    waiting: list[Rollout] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    staleness: int = 0
+    norms: dict[str, float] | None = None
+    refitted: bool = False
+
 
 class Trainer:
     """A run between its steps.
@@ -61,10 +94,16 @@ class Trainer:
         checked: from `preflight`.
         teachers, student: from `build_all`, or from `build_models`.
         platform: of this rank.
+        make_engine: makes this rank's rollout engine, or None if it holds none; left out, as the config says. Collective.
     """
 
     def __init__(
-        self, checked: Checked, teachers: Model | Sequence[PlacedTeacher], student: Model, platform: Platform
+        self,
+        checked: Checked,
+        teachers: Model | Sequence[PlacedTeacher],
+        student: Model,
+        platform: Platform,
+        make_engine: Callable[[], RolloutEngine | None] | None = None,
     ) -> None:
         config = checked.config
         self.config, self.platform, self.student = config, platform, student
@@ -78,11 +117,14 @@ class Trainer:
         self.average: AveragedTeacher | None = None
         if config.teacher.ema_decay is not None:
             self.average = AveragedTeacher(self.lessons[0].placed.model, student, config.teacher.ema_decay)
-        self.engine = build_engine(config, config.student, student.grid.layout, platform)
+        if make_engine is None:
+            make_engine = partial(build_hf_engine, config, config.student, student.grid.layout, platform)
+        self.engine = make_engine()
         self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
         self.probe = make_probe(checked.prompts)
         self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
         self.weight_version = 0
+        self.last_step = min(config.run.steps, config.run.stop_at or config.run.steps) - 1
 
     def step(self, step: int) -> dict[str, Any]:
         """One training step; `step` counts from 0. Returns its record for the metrics. Collective.
@@ -92,18 +134,16 @@ class Trainer:
             WeightSyncError: the engine does not hold the student's new weights.
         """
         start, phase = time.perf_counter(), Phases(self.platform)
-        with phase("rollout"):
-            rollouts = self.text.rollouts(step)
-        samples = [lesson.of_rollouts(rollouts) for lesson in self.lessons]
-        refitted = self.refit(step, samples[0])
         progress = step / max(1, self.config.run.steps - 1)
         for lesson in self.lessons:
             lesson.alignment.advance(progress)
         weights = self.output.weights(progress) if self.output else {}
-        shares = plan_shares(self.lessons, samples, self.is_averaged)
-        every = self.config.logging.gradient_norms_every
-        norms = self.gradient_norms(step, shares, weights) if every and step % every == 0 else None
-        outcomes = self.forward_backward(step, shares, weights, phase)
+        studied = Studied()
+        self.zero_grad()
+        for group in phase.of_each("rollout", self.text.groups(step, self.last_step)):
+            self.study(step, group, weights, studied, phase)
+        outcomes = self.finish(studied)
+        shares, rollouts = [outcome.share for outcome in outcomes], studied.rollouts
         with phase("optimizer"):
             grad_norm, lr = self.update()
             if self.average is not None:
@@ -120,7 +160,7 @@ class Trainer:
             "loss": totals.loss,
             **({"terms": totals.terms} if totals.terms else {}),
             **({"weights": {**shown, **weights}} if weights or is_scheduled else {}),
-            **({} if norms is None else {"gradient_norms": norms}),
+            **({} if studied.norms is None else {"gradient_norms": studied.norms}),
             "cosine": totals.cosine,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -132,6 +172,7 @@ class Trainer:
             **({} if report.wire_error is None or self.config.teachers else {"wire_error": report.wire_error}),
             "probe_difference": difference,
             "weight_version": self.weight_version,
+            "staleness": studied.staleness,
         }
         if self.config.teachers:
             found = {outcome.share.lesson.name: outcome.record(weights) for outcome in outcomes}
@@ -140,9 +181,59 @@ class Trainer:
             **record,
             **({} if report.inside is None else {"inside": sum(report.inside) / len(report.inside)}),
             **({} if self.samples.aligned_fraction is None else {"aligned_fraction": self.samples.aligned_fraction}),
-            **({"refitted": True} if refitted else {}),
+            **({"refitted": True} if studied.refitted else {}),
             **({"layers": report.by_layer()} if report.student_layers else {}),
         }
+
+    def study(
+        self, step: int, group: list[Rollout], weights: Mapping[str, float], studied: Studied, phase: Phases
+    ) -> None:
+        """Learn from a group of responses: all of a step, or those that are finished. Collective."""
+        studied.rollouts += group
+        self._check_versions(group, studied)
+        studied.waiting += group
+        samples = [lesson.of_rollouts(studied.waiting) for lesson in self.lessons]
+        if self.learns_in_groups and not any(
+            lesson.alignment.flow.planner.num_tokens(some) for lesson, some in zip(self.lessons, samples, strict=True)
+        ):
+            return
+        studied.waiting = []
+        if not self.learns_in_groups:
+            studied.refitted = self.refit(step, samples[0])
+        denominator = self.text.most_tokens if self.learns_in_groups else None
+        shares = plan_shares(self.lessons, samples, self.is_averaged, denominator=denominator)
+        every = self.config.logging.gradient_norms_every
+        if every and step % every == 0:
+            studied.norms = self.gradient_norms(step, shares, weights)
+        studied.outcomes += self.forward_backward(step, shares, weights, phase, finalize=not self.learns_in_groups)
+
+    def finish(self, studied: Studied) -> list[Outcome]:
+        """Complete the gradients of a step that was learned in groups. Returns what each lesson came to. Collective.
+
+        Raises:
+            DataError: no token of the step is supervised.
+        """
+        if not self.learns_in_groups:
+            return studied.outcomes
+        if not studied.outcomes:
+            plan_shares(self.lessons, [lesson.of_rollouts(studied.waiting) for lesson in self.lessons])
+        outcomes, factor = whole_step(studied.outcomes, self.is_averaged)
+        if self.optimizer is not None:
+            self.optimizer.finish_gradients(factor)
+        return outcomes
+
+    def _check_versions(self, group: Sequence[Rollout], studied: Studied) -> None:
+        """Rollouts of recorded files may be of any version; those of an engine must not be too old."""
+        ages = [self.weight_version - rollout.weight_version for rollout in group]
+        section = self.config.rollout
+        allowed = section.max_staleness if section.schedule == "one_step_off" else 0
+        bad = [age for age in ages if not 0 <= age <= allowed]
+        if bad and section.engine != "file":
+            raise WeightSyncError(
+                f"rollouts of weights {bad[0]} versions old, but rollout.schedule {section.schedule} allows {allowed}; start "
+                "again to resume from the last checkpoint"
+            )
+        studied.staleness = max([studied.staleness, *ages])
 
     @property
     def alignment(self) -> Alignment:
@@ -160,23 +251,34 @@ class Trainer:
         return self.lessons[0].samples
 
     @property
+    def learns_in_groups(self) -> bool:
+        """Whether finished responses are learned from while others are still being written."""
+        return self.config.rollout.schedule == "overlap"
+
+    @property
     def is_averaged(self) -> bool:
         """Whether several teachers teach the same samples."""
         return self.config.teaching is not None and self.config.teaching.by == "average"
 
     def forward_backward(
-        self, step: int, shares: Sequence[Share], weights: Mapping[str, float], phase: Phases
+        self, step: int, shares: Sequence[Share], weights: Mapping[str, float], phase: Phases, finalize: bool = True
     ) -> list[Outcome]:
-        """Gradients of the whole loss into the student's buffers. Returns what each share came to. Collective.
+        """Add the gradients of the shares to the student's buffers. Returns what each share came to. Collective.
+
+        Args:
+            step: counted from 0.
+            shares: of the step, or of a group.
+            weights: of the output terms.
+            phase: times what is done.
+            finalize: reduce gradients over ranks; False when another group of the step follows.
 
         Raises:
             TrainingDiverged: some part of the loss is not finite.
         """
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
         outcomes = []
         for number, share in enumerate(shares):
-            outcomes.append(learn(share, weights, self.optimizer, phase, finalize=number + 1 == len(shares)))
+            last = finalize and number + 1 == len(shares)
+            outcomes.append(learn(share, weights, self.optimizer, phase, finalize=last))
             _stop_on_bad_loss(step + 1, outcomes[-1], f"teacher {share.lesson.name}, " if self.config.teachers else "")
         return outcomes
 
@@ -189,13 +291,20 @@ class Trainer:
         for name in [*(["oprd"] if any(alignment.pairs for alignment in alignments) else []), *weights]:
             for alignment, coefficient in zip(alignments, coefficients, strict=True):
                 alignment.coefficient = coefficient if name == "oprd" else 0.0
+            self.zero_grad()
             self.forward_backward(
                 step, shares, {term: weight * (term == name) for term, weight in weights.items()}, phase
             )
             norms[name] = self.on_every_rank(self.optimizer.grad_norm() if self.optimizer else 0.0)[0]
         for alignment, coefficient in zip(alignments, coefficients, strict=True):
             alignment.coefficient = coefficient
+        self.zero_grad()
         return norms
+
+    def zero_grad(self) -> None:
+        """Clear the student's gradients."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def on_every_rank(self, *mine: float) -> list[float]:
         """Numbers of the student's first rank. Collective."""
@@ -230,6 +339,8 @@ class Trainer:
             WeightSyncError: the difference is above the tolerance.
         """
         phase = phase or Phases(self.platform)
+        with phase("rollout"):
+            self.text.settle()
         with phase("sync"):
             sync_weights(self.engine, self.student, version)
         with phase("probe"):

@@ -280,6 +280,8 @@ class RunConfig(Strict):
                 f"output.terms: {self.output.terms[0].label} needs one vocabulary, but distill.cross_tokenizer is true; leave "
                 "the terms out"
             )
+        if self.rollout.schedule == "overlap":
+            self._check_overlap()
         drawn = [term for term in self.output.terms if term.kind == "sampled"]
         sampled = next((term for term in drawn if term.temperature != self.rollout.temperature), None)
         if sampled:
@@ -289,3 +291,28 @@ class RunConfig(Strict):
                 "another kind"
             )
         return self
+
+    def _check_overlap(self) -> None:
+        """A step that is learned in groups has one denominator, known at its end."""
+        longest = self.rollout.max_response_tokens
+        counted = [(term.label, term.positions, term.first_or_last) for term in self.output.terms]
+        if self.distill.space != "none":
+            counted.append(("distill", self.distill.positions, self.distill.k))
+        chosen = [
+            (which if which == "last" else "all", 0) if which in ("all", "last") or k >= longest else (which, k)
+            for _, which, k in counted
+        ]
+        other = next((name for (name, *_), which in zip(counted, chosen, strict=True) if which != chosen[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"rollout.schedule: overlap needs one choice of tokens, but {counted[0][0]} and {other} have other positions; "
+                "make positions and k equal, or use schedule: sync"
+            )
+        for key, value in (
+            ("bridge.refit_every", self.bridge.refit_every),
+            ("logging.gradient_norms_every", self.logging.gradient_norms_every),
+        ):
+            if value:
+                raise ValueError(
+                    f"{key}: looks at a whole step at once, which rollout.schedule overlap never has; set it to 0"
+                )

@@ -27,7 +27,7 @@ from oprd_megatron.representation.batch import Sample, filled_up
 from oprd_megatron.representation.flow import Passes
 from oprd_megatron.representation.space import Space
 from oprd_megatron.rollout import Rollout, RolloutEngine, SamplingParams
-from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout.build import build_hf_engine
 from oprd_megatron.rollout.collect import collect_rollouts
 from oprd_megatron.rollout.weight_sync import sync_weights
 
@@ -55,7 +55,7 @@ class HeldOut:
             teacher, student, distill, platform, self.config.micro_batch_size,
             space=space if distill.space == checked.config.distill.space else None, signal=self.outputs.signal,
         )  # fmt: skip
-        engine = build_engine(checked.config, checked.config.teacher, teacher.grid.layout, platform)
+        engine = build_hf_engine(checked.config, checked.config.teacher, teacher.grid.layout, platform)
         sync_weights(engine, teacher, version=0)
         self.sampling = SamplingParams(
             temperature=self.config.temperature,

@@ -181,14 +181,19 @@ class Alignment:
         self.flow.run(plan, learn, passes or Passes(train=train, chunks=chunks))
         return totals
 
-    def reduce(self, sums: dict[int, torch.Tensor]) -> AlignmentReport:
-        """Add the ranks' sums and average. Collective: all-reduces of a few numbers a layer."""
+    def reduce(self, sums: dict[int, torch.Tensor], lost: np.ndarray | None = None) -> AlignmentReport:
+        """Add the ranks' sums and average. Collective: all-reduces of a few numbers a layer.
+
+        Args:
+            sums: this rank's, of one `run` or added up over several.
+            lost: what this rank's wire lost in them (`StateFlow.rounding`); left out, of the last `run`.
+        """
         zero = torch.zeros(len(ALIGNMENT_FIELDS), dtype=torch.float64)
         table = zero.new_zeros(0, len(zero))
         if self.pairs:
             table = torch.stack([sums.get(pair.student_layer, zero) for pair in self.pairs])
             dist.all_reduce(table)
-        rounding = torch.from_numpy(self.flow.rounding)
+        rounding = torch.from_numpy(np.copy(self.flow.rounding if lost is None else lost))
         dist.all_reduce(rounding)
         rows = table[:, ALIGNMENT_FIELDS.index("rows")]
         means = dict(zip(ALIGNMENT_FIELDS, (table / rows.unsqueeze(1)).T.tolist(), strict=True))

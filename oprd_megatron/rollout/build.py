@@ -13,11 +13,11 @@ from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.hf_engine import HFEngine
 
 
-def build_engine(
+def build_hf_engine(
     config: RunConfig, section: ModelConfig, layout: GridLayout, platform: Platform
 ) -> RolloutEngine | None:
-    """This rank's engine for one of the models, without weights yet; None if this rank holds none. Engines are on ranks of
-    the model's grid, where its weights are. Collective."""
+    """This rank's embedded engine for one of the models, without weights yet; None if this rank holds none. Engines are on ranks
+    of the model's grid, where its weights are. Collective."""
     holders = layout.spread(config.rollout.num_engines or default_num_engines(platform))
     engine = None
     with together(f"starting the rollout engine on {section.path}"):

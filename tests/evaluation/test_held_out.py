@@ -22,7 +22,7 @@ from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
 from oprd_megatron.representation.positions import supervised_positions
-from oprd_megatron.rollout.build import build_engine
+from oprd_megatron.rollout.build import build_hf_engine
 from oprd_megatron.rollout.weight_sync import sync_weights
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
@@ -166,7 +166,7 @@ def sampled(values: dict[str, Any]) -> dict[str, Any]:
     checked = preflight(config, dist.get_world_size())
     teacher, student = build_models(checked, platform)
     held_out = HeldOut(checked, teacher, student, platform)
-    engine = build_engine(config, config.student, student.grid.layout, platform)
+    engine = build_hf_engine(config, config.student, student.grid.layout, platform)
     sync_weights(engine, student, version=0)
     record = held_out.record(0, engine, samples=True)
     return {"answers": held_out.answers, "record": record}
