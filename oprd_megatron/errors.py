@@ -35,3 +35,7 @@ class TeacherWeightsError(UserError):
 
 class WeightSyncError(UserError):
     """The rollout engine's weights are not the trainer's; the message gives the measured difference."""
+
+
+class MismatchError(UserError):
+    """The text is not of the policy that is trained; the message names the sample and the difference."""

@@ -72,7 +72,8 @@ class Lesson:
 
     def of_rollouts(self, rollouts: Sequence[Rollout]) -> list[Sample]:
         """Samples of those rollouts whose prompts this teacher teaches, in order."""
-        return self.samples.of_student([r for r in rollouts if r.prompt_index in self.samples.prompts])
+        mine = [rollout for rollout in rollouts if rollout.prompt_index in self.samples.prompts]
+        return self.samples.of_student(mine) if mine else []
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,16 @@ def learn(
     return Outcome(share, lesson.alignment.reduce(sums), output.means() if output else {}, sums, rounding)
 
 
-def whole_step(parts: Sequence[Outcome], averaged: bool = False) -> tuple[list[Outcome], float]:
+def whole_step(
+    parts: Sequence[Outcome], silent: Mapping[str, int], averaged: bool = False
+) -> tuple[list[Outcome], float]:
     """A step that was learned in groups with one provisional denominator, as if at once. Collective.
 
     Representation loss and output terms count the same tokens (checked with the config), so that one factor puts all right.
 
     Args:
         parts: of all groups, in order; at least one.
+        silent: {lesson: tokens that count in the mean and were in no group}.
         averaged: as for `plan_shares`.
 
     Returns:
@@ -231,9 +235,9 @@ def whole_step(parts: Sequence[Outcome], averaged: bool = False) -> tuple[list[O
     by_lesson: dict[str, list[Outcome]] = {}
     for part in parts:
         by_lesson.setdefault(part.share.lesson.name, []).append(part)
-    counted = {
-        name: sum(part.share.num_tokens + part.share.silent_tokens for part in some) for name, some in by_lesson.items()
-    }
+    counted = dict(silent)
+    for part in parts:
+        counted[part.share.lesson.name] += part.share.num_tokens + part.share.silent_tokens
     whole, outcomes = sum(counted.values()), []
     for name, some in by_lesson.items():
         first, provisional = some[0].share, some[0].share.plan.num_tokens
@@ -262,8 +266,7 @@ def whole_step(parts: Sequence[Outcome], averaged: bool = False) -> tuple[list[O
         }
         report = first.lesson.alignment.reduce(sums, rounding)
         outcomes.append(Outcome(share, report, terms, sums, rounding))
-    factor = outcomes[0].share.plan.num_tokens
-    return outcomes, parts[0].share.plan.num_tokens / factor
+    return outcomes, parts[0].share.plan.num_tokens / outcomes[0].share.plan.num_tokens
 
 
 @dataclass(frozen=True)

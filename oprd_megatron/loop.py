@@ -32,6 +32,8 @@ from oprd_megatron.placing import PlacedTeacher, build_all
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.space import LowRank, resume_bridge
+from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
+from oprd_megatron.rollout.buffer import clear, forget
 from oprd_megatron.run_directory import CONFIG_FILE
 from oprd_megatron.trainer import Trainer, export_student
 
@@ -85,6 +87,8 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
             bridge = space.whole if isinstance(space, LowRank) else None
             save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge, trainer.average)
+            if dist.get_rank() == 0:
+                forget(config.run.dir / ROLLOUTS, progress.step)
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:
@@ -148,6 +152,8 @@ def open_run(config: RunConfig, progress: Progress, fresh: bool) -> Loggers:
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / CONFIG_FILE, dump_config(config))
+            if fresh:
+                clear(folder / ROLLOUTS)
             loggers.append(JsonlLogger(folder / METRICS_FILE))
             if config.logging.tensorboard:
                 loggers.append(TensorBoardLogger(folder / "tensorboard"))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
-from oprd_megatron.errors import TrainingDiverged, WeightSyncError
+from oprd_megatron.errors import TrainingDiverged
 from oprd_megatron.lesson import Lesson, Outcome, Share, Totals, learn, plan_shares, whole_step
 from oprd_megatron.models import DTYPES, Model
 from oprd_megatron.objectives.output_loss import OutputLoss
@@ -35,9 +35,20 @@ from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
 from oprd_megatron.representation.space import LowRank
 from oprd_megatron.rollout import Rollout, RolloutEngine
 from oprd_megatron.rollout.build import build_hf_engine
+from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.on_policy import OnPolicy
+from oprd_megatron.rollout.probe import (
+    TOLERANCES,
+    Difference,
+    check_probe,
+    differing_weights,
+    is_within,
+    make_probe,
+    probe_difference,
+)
 from oprd_megatron.rollout.samples import SampleMaker
-from oprd_megatron.rollout.weight_sync import TOLERANCES, check_probe, make_probe, probe_difference, sync_weights
+from oprd_megatron.rollout.step_text import Curator, StepText
+from oprd_megatron.rollout.weight_sync import sync_weights
 
 T = TypeVar("T")
 
@@ -71,18 +82,14 @@ class Studied:
     """What a step has come to so far.
 
     Attributes:
-        rollouts: all that were taken.
-        waiting: of them, those that are not learned from yet.
+        text: its responses.
         outcomes: of the shares.
-        staleness: most versions that the weights of a rollout are behind the student's.
         norms: of each term's gradient, if they were measured.
         refitted: the bridge was.
     """
 
-    rollouts: list[Rollout] = field(default_factory=list)
-    waiting: list[Rollout] = field(default_factory=list)
+    text: StepText = field(default_factory=StepText)
     outcomes: list[Outcome] = field(default_factory=list)
-    staleness: int = 0
     norms: dict[str, float] | None = None
     refitted: bool = False
 
@@ -121,8 +128,13 @@ class Trainer:
             make_engine = partial(build_hf_engine, config, config.student, student.grid.layout, platform)
         self.engine = make_engine()
         self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
-        self.probe = make_probe(checked.prompts)
-        self.tolerance = config.rollout.probe_tolerance or TOLERANCES[DTYPES[config.student.dtype]]
+        longest = max(len(prompt.token_ids) for prompt in checked.prompts) + config.rollout.max_response_tokens
+        self.probe = make_probe(checked.prompts, min(longest, checked.student.max_position_embeddings))
+        self.tolerance = TOLERANCES[DTYPES[config.student.dtype]]
+        if config.rollout.probe_tolerance is not None:
+            self.tolerance = Difference(config.rollout.probe_tolerance, config.rollout.probe_tolerance)
+        ends = frozenset(eos_ids(config.student.path, checked.tokenizer.eos_token_id))
+        self.curator = Curator(config.rollout, self.text.params, ends, student, platform)
         self.weight_version = 0
         self.last_step = min(config.run.steps, config.run.stop_at or config.run.steps) - 1
 
@@ -142,8 +154,8 @@ class Trainer:
         self.zero_grad()
         for group in phase.of_each("rollout", self.text.groups(step, self.last_step)):
             self.study(step, group, weights, studied, phase)
-        outcomes = self.finish(studied)
-        shares, rollouts = [outcome.share for outcome in outcomes], studied.rollouts
+        outcomes = self.finish(step, studied)
+        shares = [outcome.share for outcome in outcomes]
         with phase("optimizer"):
             grad_norm, lr = self.update()
             if self.average is not None:
@@ -165,14 +177,14 @@ class Trainer:
             "lr": lr,
             "grad_norm": grad_norm,
             "supervised_tokens": max(share.plan.num_tokens for share in shares),
-            **_throughput(rollouts, time.perf_counter() - start),
+            **studied.text.record(),
+            "tokens_per_second": studied.text.num_tokens / (time.perf_counter() - start),
             "seconds": phase.seconds,
             "exchanged_bytes": sum(share.lesson.alignment.planned_bytes(share.plan) for share in shares),
             "chunks": sum(len(share.plan.chunks) for share in shares),
             **({} if report.wire_error is None or self.config.teachers else {"wire_error": report.wire_error}),
-            "probe_difference": difference,
+            **({} if difference is None else {"probe_difference": difference.max, "probe_mean": difference.mean}),
             "weight_version": self.weight_version,
-            "staleness": studied.staleness,
         }
         if self.config.teachers:
             found = {outcome.share.lesson.name: outcome.record(weights) for outcome in outcomes}
@@ -189,25 +201,30 @@ class Trainer:
         self, step: int, group: list[Rollout], weights: Mapping[str, float], studied: Studied, phase: Phases
     ) -> None:
         """Learn from a group of responses: all of a step, or those that are finished. Collective."""
-        studied.rollouts += group
-        self._check_versions(group, studied)
-        studied.waiting += group
-        samples = [lesson.of_rollouts(studied.waiting) for lesson in self.lessons]
-        if self.learns_in_groups and not any(
-            lesson.alignment.flow.planner.num_tokens(some) for lesson, some in zip(self.lessons, samples, strict=True)
-        ):
+        text = studied.text
+        self.curator.take(step, group, self.weight_version, text)
+        if not self.learns_in_groups:
+            text.refuse_nothing(step + 1)
+        samples = [lesson.of_rollouts(text.waiting) for lesson in self.lessons]
+        if self.learns_in_groups and not self._teaches(samples):
             return
-        studied.waiting = []
         if not self.learns_in_groups:
             studied.refitted = self.refit(step, samples[0])
         denominator = self.text.most_tokens if self.learns_in_groups else None
-        shares = plan_shares(self.lessons, samples, self.is_averaged, denominator=denominator)
+        uncounted = [lesson.of_rollouts(text.silent) for lesson in self.lessons]
+        shares = plan_shares(self.lessons, samples, self.is_averaged, uncounted, denominator)
+        text.waiting, text.silent = [], []
         every = self.config.logging.gradient_norms_every
         if every and step % every == 0:
             studied.norms = self.gradient_norms(step, shares, weights)
         studied.outcomes += self.forward_backward(step, shares, weights, phase, finalize=not self.learns_in_groups)
 
-    def finish(self, studied: Studied) -> list[Outcome]:
+    def _teaches(self, samples: Sequence[Sequence[Sample]]) -> bool:
+        """Whether a token of these samples is supervised, in any lesson."""
+        planners = [lesson.alignment.flow.planner for lesson in self.lessons]
+        return any(planner.num_tokens(some) for planner, some in zip(planners, samples, strict=True))
+
+    def finish(self, step: int, studied: Studied) -> list[Outcome]:
         """Complete the gradients of a step that was learned in groups. Returns what each lesson came to. Collective.
 
         Raises:
@@ -215,25 +232,19 @@ class Trainer:
         """
         if not self.learns_in_groups:
             return studied.outcomes
+        text = studied.text
         if not studied.outcomes:
-            plan_shares(self.lessons, [lesson.of_rollouts(studied.waiting) for lesson in self.lessons])
-        outcomes, factor = whole_step(studied.outcomes, self.is_averaged)
+            text.refuse_nothing(step + 1)
+            plan_shares(self.lessons, [lesson.of_rollouts(text.waiting) for lesson in self.lessons])
+        rest = [lesson.of_rollouts(text.silent) for lesson in self.lessons]
+        uncounted = {
+            lesson.name: lesson.alignment.flow.planner.num_tokens(some)
+            for lesson, some in zip(self.lessons, rest, strict=True)
+        }
+        outcomes, factor = whole_step(studied.outcomes, uncounted, self.is_averaged)
         if self.optimizer is not None:
             self.optimizer.finish_gradients(factor)
         return outcomes
-
-    def _check_versions(self, group: Sequence[Rollout], studied: Studied) -> None:
-        """Rollouts of recorded files may be of any version; those of an engine must not be too old."""
-        ages = [self.weight_version - rollout.weight_version for rollout in group]
-        section = self.config.rollout
-        allowed = section.max_staleness if section.schedule == "one_step_off" else 0
-        bad = [age for age in ages if not 0 <= age <= allowed]
-        if bad and section.engine != "file":
-            raise WeightSyncError(
-                f"rollouts of weights {bad[0]} versions old, but rollout.schedule {section.schedule} allows {allowed}; start "
-                "again to resume from the last checkpoint"
-            )
-        studied.staleness = max([studied.staleness, *ages])
 
     @property
     def alignment(self) -> Alignment:
@@ -332,22 +343,27 @@ class Trainer:
         space.replace(replace(space.whole, student=stage.projections([samples], space.whole)))
         return True
 
-    def sync(self, version: int, phase: Phases | None = None) -> float:
-        """Give the engine the student's weights and prove that they arrived. Returns the probe's difference (nats).
+    def sync(self, version: int, phase: Phases | None = None) -> Difference | None:
+        """Give the engine the student's weights and prove that they arrived. Returns the probe's difference; None where text is
+        recorded and there is no engine to give them to. Collective.
 
         Raises:
             WeightSyncError: the difference is above the tolerance.
         """
+        if self.config.rollout.engine == "file":
+            self.weight_version = version
+            return None
         phase = phase or Phases(self.platform)
         with phase("rollout"):
             self.text.settle()
-        with phase("sync"):
-            sync_weights(self.engine, self.student, version)
+        with phase("sync"), together("weight sync"):
+            sync_weights(self.text.engine, self.student, version)
         with phase("probe"):
-            difference = probe_difference(self.engine, self.student, self.platform, self.probe)
-        check_probe(difference, self.tolerance, version)
+            found = probe_difference(self.engine, self.student, self.platform, self.probe)
+        differing = [] if is_within(found, self.tolerance) else differing_weights(self.engine, self.student)
+        check_probe(found, self.tolerance, version, differing)
         self.weight_version = version
-        return difference
+        return found
 
     def close(self) -> None:
         """Free the rollout engine's memory; no step can follow."""
@@ -371,18 +387,6 @@ def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool)
                 is_writer=dist.get_rank() == grid.layout.first_rank,
                 overwrite=overwrite,
             )
-
-
-def _throughput(rollouts: list[Rollout], seconds: float) -> dict[str, Any]:
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
-    return {
-        "response_length": {
-            "mean": sum(lengths) / len(lengths),
-            "max": max(lengths),
-            "finished": sum(rollout.finished for rollout in rollouts) / len(rollouts),
-        },
-        "tokens_per_second": sum(lengths) / seconds,
-    }
 
 
 def _stop_on_bad_loss(step: int, outcome: Outcome, whose: str) -> None:

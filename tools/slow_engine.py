@@ -51,6 +51,14 @@ class SlowEngine:
         """As the engine inside."""
         return self.engine.score(token_ids)
 
+    def score_each(self, token_ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """As the engine inside."""
+        return self.engine.score_each(token_ids)
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """As the engine inside."""
+        return self.engine.checksums()
+
     def close(self) -> None:
         """As the engine inside."""
         self.engine.close()
@@ -112,6 +120,14 @@ class RandomText:
     def score(self, token_ids: list[list[int]]) -> list[torch.Tensor]:
         """There is no model."""
         raise NotImplementedError("RandomText has no model to score with")
+
+    def score_each(self, token_ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """There is no copy of the weights."""
+        return {}
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """There is no copy of the weights."""
+        return {}
 
     def close(self) -> None:
         """Nothing to free."""

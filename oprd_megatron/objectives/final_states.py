@@ -71,7 +71,7 @@ class FinalStates:
 
 
 def head_log_probs(
-    states: torch.Tensor, weight: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+    states: torch.Tensor, weight: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, temperature: float = 1.0
 ) -> Iterator[torch.Tensor]:
     """Shards of log-probabilities [n, V_local] fp32, `CHUNK_TOKENS` tokens at a time.
 
@@ -80,9 +80,13 @@ def head_log_probs(
         weight: [V_local, D], this rank's rows of the head.
         vocab_size: ids from here on are left out.
         group: tensor-parallel group that the head is sharded over.
+        temperature: logits are divided by it.
     """
     for chunk in states.split(CHUNK_TOKENS):
-        yield vocab_parallel_log_softmax(chunk @ weight.detach().T, vocab_size, group)
+        logits = chunk @ weight.detach().T
+        yield vocab_parallel_log_softmax(
+            logits if temperature == 1 else logits.float() / temperature, vocab_size, group
+        )
 
 
 def teacher_head(teacher: Model, student: Model) -> torch.Tensor | None:

@@ -75,6 +75,14 @@ class RolloutEngine(Protocol):
         """fp32 log-probability of each token given those before it, `[length - 1]` per sequence, untempered, on CPU."""
         ...
 
+    def score_each(self, token_ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """`score` by every copy of the weights that the engine has, such as its servers, by name."""
+        ...
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """{copy: {weight: crc32 of its bytes as it was received}}; a copy that cannot say is left out."""
+        ...
+
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
         ...

@@ -17,9 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from oprd_megatron.errors import CheckpointError, ConfigError, WeightSyncError
+from oprd_megatron.rollout.checksum import checksum
 from oprd_megatron.rollout.engine import Request, Rollout, SamplingParams
 from oprd_megatron.rollout.file_views import as_in_files
-from oprd_megatron.rollout.sampling import ResponseEnd, logits_processors
+from oprd_megatron.rollout.sampling import Draw, ResponseEnd, logits_processors
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 
 
@@ -93,14 +94,16 @@ class HFEngine:
             WeightSyncError: no weights yet, or the last update failed.
             ConfigError: a prompt and its longest response do not fit the model's context.
         """
-        version = self._ready_version()
-        self._check_length(requests, params)
-        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids), reverse=True)
-        rollouts: dict[int, Rollout] = {}
-        for places in _chunks(by_length, self.batch_size):
-            batch = self._generate_batch([requests[i] for i in places], params, step, version)
-            rollouts.update(zip(places, batch, strict=True))
-        return [rollouts[i] for i in range(len(requests))]
+        rollouts = {place: rollout for batch in self._batches(requests, params, step) for place, rollout in batch}
+        return [rollouts[place] for place in range(len(requests))]
+
+    def start(self, requests: list[Request], params: SamplingParams, step: int) -> Batches:
+        """The same in parts. Nothing is written until it is taken; then batches are decoded one after the other.
+
+        Raises:
+            As `generate`.
+        """
+        return Batches(self._batches(requests, params, step), len(requests))
 
     @torch.no_grad()
     def score(self, token_ids: list[list[int]]) -> list[torch.Tensor]:
@@ -125,11 +128,35 @@ class HFEngine:
                 scores.append(row[: len(targets)].float().log_softmax(-1).gather(-1, targets)[:, 0].cpu())
         return scores
 
+    def score_each(self, token_ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
+        """`score`: there is one copy."""
+        return {"": self.score(token_ids)}
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """Of the weights as they are now."""
+        return {"": {name: checksum(weight) for name, weight in self._weights.items()}}
+
     def close(self) -> None:
         """Free the model's memory."""
         self._version = None
         self._weights.clear()
         self._model.to("meta")  # type: ignore[arg-type]
+
+    def _batches(
+        self, requests: list[Request], params: SamplingParams, step: int
+    ) -> Iterator[list[tuple[int, Rollout]]]:
+        """(place in `requests`, rollout) of one batch after the other, decoded as they are asked for."""
+        version = self._ready_version()
+        self._check_length(requests, params)
+        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt.token_ids), reverse=True)
+
+        def decode() -> Iterator[list[tuple[int, Rollout]]]:
+            for places in _chunks(by_length, self.batch_size):
+                assert self._version == version, "weights were updated before all rollouts were taken"
+                batch = self._generate_batch([requests[i] for i in places], params, step, version)
+                yield list(zip(places, batch, strict=True))
+
+        return decode()
 
     def _generate_batch(
         self, requests: list[Request], params: SamplingParams, step: int, version: int
@@ -137,6 +164,7 @@ class HFEngine:
         prompts = [request.prompt for request in requests]
         ids, mask = self._pad([prompt.token_ids for prompt in prompts], left=True)
         stop_strings = StopStringCriteria(self.tokenizer, list(params.stop)) if params.stop else None
+        draw = Draw(params, step, [request.sample_index for request in requests], self.device)
         end = ResponseEnd(len(prompts), ids.shape[1], torch.tensor(self.eos_ids, device=self.device), stop_strings)
         output = self._model.generate(  # type: ignore[operator]
             ids,
@@ -144,20 +172,25 @@ class HFEngine:
             generation_config=GenerationConfig(
                 do_sample=False, max_new_tokens=params.max_response_tokens, use_cache=True, pad_token_id=self.eos_ids[0]
             ),
-            logits_processor=logits_processors(params, step, [r.sample_index for r in requests], self.device),
+            logits_processor=logits_processors(params, draw),
             stopping_criteria=[end],
         )
-        responses, lengths = output[:, ids.shape[1] :].tolist(), end.lengths.tolist()
+        responses, lengths, logprobs = (
+            output[:, ids.shape[1] :].tolist(),
+            end.lengths.tolist(),
+            draw.logprobs().tolist(),
+        )
         return [
             Rollout(
                 prompt_index=request.prompt.index,
                 sample_index=request.sample_index,
                 prompt_ids=request.prompt.token_ids,
-                response_ids=tuple(response[:length] if length else response),
+                response_ids=tuple(response[: length or len(response)]),
                 weight_version=version,
                 finished=length > 0,
+                logprobs=tuple(of_response[: length or len(response)]),
             )
-            for request, response, length in zip(requests, responses, lengths, strict=True)
+            for request, response, length, of_response in zip(requests, responses, lengths, logprobs, strict=True)
         ]
 
     def _pad(self, sequences: Iterable[Iterable[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +219,34 @@ class HFEngine:
     def _tied_hint(self, name: str) -> str:
         tied = name == "lm_head.weight" and self._model.config.tie_word_embeddings
         return " (its embeddings are tied: send only the embedding)" if tied else ""
+
+
+class Batches:
+    """A `Generation` of an `HFEngine`, which works only while it is waited for.
+
+    Args:
+        batches: of (place, rollout), decoded as they are asked for.
+        count: rollouts in all of them.
+    """
+
+    def __init__(self, batches: Iterator[list[tuple[int, Rollout]]], count: int) -> None:
+        self._batches, self._left = batches, count
+
+    @property
+    def is_taken(self) -> bool:
+        """See `Generation.is_taken`."""
+        return self._left == 0
+
+    def take(self, min_tokens: int | None = None) -> list[Rollout]:
+        """See `Generation.take`. Whole batches are given."""
+        taken: list[Rollout] = []
+        tokens = 0
+        while not self.is_taken and (min_tokens is None or tokens < min_tokens):
+            batch = [rollout for _, rollout in next(self._batches)]
+            taken += batch
+            tokens += sum(len(rollout.response_ids) for rollout in batch)
+            self._left -= len(batch)
+        return sorted(taken, key=lambda rollout: rollout.sample_index)
 
 
 def _empty_model(hf_dir: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

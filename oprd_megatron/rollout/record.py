@@ -1,8 +1,7 @@
-"""Rollouts to a file, without training: one process, the embedded engine, weights from a Hugging Face directory."""
+"""Rollouts to a file, without training: one process, weights from a Hugging Face directory."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,21 +12,29 @@ from checkpoints_conversion import Architecture, HFReader, check_model, mappings
 from oprd_megatron.config import RunConfig
 from oprd_megatron.models import DTYPES
 from oprd_megatron.platform import select_platform
-from oprd_megatron.rollout.engine import make_requests
+from oprd_megatron.rollout.engine import RolloutEngine, make_requests
 from oprd_megatron.rollout.hf_engine import HFEngine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.prompts import load_prompts
+from oprd_megatron.rollout.recorded import RolloutWriter, check_suffix
+from oprd_megatron.rollout.recorded_row import Recorded
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
 
 
-def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int) -> int:
-    """Write the responses of the first `steps` training steps as jsonl. Returns how many.
+def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engine: RolloutEngine | None = None) -> int:
+    """Write the responses of the first `steps` training steps (`recorded` has the format). Returns how many.
 
-    Each line holds prompt and response as text and as token ids, `finished`, `step` and `sample_index`.
+    Args:
+        config: the run.
+        hf_dir: the student.
+        out: a new file, .parquet or .jsonl.
+        steps: of the run.
+        engine: one that holds the student's weights; left out, the embedded one is made and given those of `hf_dir`.
 
     Raises:
-        UserError: a broken model or prompt file.
+        UserError: a broken model or prompt file, or an `out` that cannot be written.
     """
+    check_suffix(out)
     architecture = check_model(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
     check_tokenizer(tokenizer, architecture.vocab_size, hf_dir)
@@ -38,30 +45,19 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int) -> i
         teachers = [teacher.path for teacher in config.teachers] or [config.teacher.path]
         vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
-    engine = HFEngine(
-        hf_dir, DTYPES[config.student.dtype], select_platform(config.run.device).device, section.batch_size
-    )
-    engine.update_weights(0, _tensors(hf_dir, architecture))
+    if engine is None:
+        device = select_platform(config.run.device).device
+        engine = HFEngine(hf_dir, DTYPES[config.student.dtype], device, section.batch_size)
+        engine.update_weights(0, _tensors(hf_dir, architecture))
     text = OnPolicy(config, prompts, engine, vocab_size)
-    staging, count = out.with_name(out.name + ".tmp"), 0
-    with staging.open("w") as file:
+    with RolloutWriter(out) as writer:
         for step in trange(steps, desc="rollouts", unit="step"):
             batch = text.source.batch(step, section.prompts_per_step)
             texts = {prompt.index: prompt.text for prompt in batch}
             for rollout in engine.generate(make_requests(batch, section.responses_per_prompt), text.params, step):
-                line = {
-                    "step": step,
-                    "sample_index": rollout.sample_index,
-                    "prompt": texts[rollout.prompt_index],
-                    "response": tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True),
-                    "finished": rollout.finished,
-                    "prompt_ids": rollout.prompt_ids,
-                    "response_ids": rollout.response_ids,
-                }
-                file.write(json.dumps(line) + "\n")
-                count += 1
-    staging.rename(out)
-    return count
+                response = tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)
+                writer.write(Recorded.of(rollout, step, texts[rollout.prompt_index], str(response)))
+    return writer.count
 
 
 def _tensors(hf_dir: Path, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,70 @@ def test_a_samples_text_does_not_depend_on_its_batch(llama: tuple[Path, PreTrain
     assert [rollout.sample_index for rollout in whole] == list(range(10))
     assert [rollout.prompt_index for rollout in whole] == [request.prompt.index for request in requests]
     for batch_size in (1, 3):
-        assert engine_for(*llama, batch_size=batch_size).generate(requests, SHORT, step=5) == whole
+        check_same(engine_for(*llama, batch_size=batch_size).generate(requests, SHORT, step=5), whole)
     engine = engine_for(*llama)
-    assert [engine.generate([request], SHORT, step=5)[0] for request in requests] == whole
-    assert engine.generate(requests[5:2:-1], SHORT, step=5) == whole[5:2:-1]
+    check_same([engine.generate([request], SHORT, step=5)[0] for request in requests], whole)
+    check_same(engine.generate(requests[5:2:-1], SHORT, step=5), whole[5:2:-1])
+
+
+def check_same(found: list[Rollout], expected: list[Rollout]) -> None:
+    """The same text; log-probabilities up to rounding (1e-4: as for scores)."""
+    assert [replace(rollout, logprobs=None) for rollout in found] == [replace(r, logprobs=None) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_text_taken_in_parts_is_the_same(llama: tuple[Path, PreTrainedModel]) -> None:
+    """Batches of three, longest prompts first, taken when there are enough tokens: all responses once, each take in order of
+    sample indices; nothing is written before it is asked for."""
+    requests = make_requests(PROMPTS, 2)
+    engine = engine_for(*llama, batch_size=3)
+    whole = engine.generate(requests, SHORT, step=5)
+    generation, taken = engine.start(requests, SHORT, step=5), []
+    while not generation.is_taken:
+        part = generation.take(min_tokens=13)  # a response has 12 at most: one batch or two
+        assert [rollout.sample_index for rollout in part] == sorted(rollout.sample_index for rollout in part)
+        assert generation.is_taken or sum(len(rollout.response_ids) for rollout in part) >= 13
+        taken.append(part)
+    assert len(taken) > 2
+    assert sorted((r for part in taken for r in part), key=lambda rollout: rollout.sample_index) == whole
+    assert generation.take() == []
+    late = engine.start(requests, SHORT, step=5)
+    engine.update_weights(2, weights_of(llama[1]))
+    with pytest.raises(AssertionError, match="before all rollouts were taken"):
+        late.take()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("params", [
+    SamplingParams(max_response_tokens=12, seed=4),
+    SamplingParams(temperature=0.6, max_response_tokens=12, seed=4),
+    SamplingParams(temperature=1.5, top_p=0.7, max_response_tokens=12, seed=4, vocab_size=200),
+    SamplingParams(temperature=0, top_p=0.5, max_response_tokens=12, vocab_size=200),
+], ids=["plain", "tempered", "nucleus", "greedy"])  # fmt: skip
+def test_log_probabilities_are_of_what_the_tokens_were_drawn_from(
+    tmp_path: Path, family: Family, params: SamplingParams
+) -> None:
+    """One for each response token, as a plain forward of transformers (no cache, no padding) gives it after limit,
+    temperature and nucleus; without any of them, what `score` says. 1e-4 nats is rounding."""
+    model = tiny_hf_model(family, tmp_path, num_layers=2)
+    engine = engine_for(tmp_path, model, batch_size=3)
+    rollouts = engine.generate(make_requests(PROMPTS, 2), params, step=1)
+    for rollout in rollouts:
+        ids, first = rollout.prompt_ids + rollout.response_ids, len(rollout.prompt_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, first - 1 : -1, : params.vocab_size]
+        probs = (logits.double() / (params.temperature or 1)).softmax(-1)
+        if params.top_p < 1 and params.temperature:
+            for row in probs:
+                order = row.argsort(descending=True)
+                row[order[row[order].cumsum(0) - row[order] >= params.top_p]] = 0
+            probs /= probs.sum(-1, keepdim=True)
+        expected = probs.log().gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert rollout.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        if params == SHORT:
+            assert rollout.logprobs == pytest.approx(engine.score([list(ids)])[0][first - 1 :].tolist(), abs=1e-4)
+    assert {len(rollout.response_ids) for rollout in rollouts} >= {12}
 
 
 def test_samples_steps_and_seeds_differ(llama: tuple[Path, PreTrainedModel]) -> None:

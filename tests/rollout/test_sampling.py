@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StopStringCriteria
+from transformers import LogitsProcessorList, StopStringCriteria
 
 from oprd_megatron.rollout import SamplingParams
-from oprd_megatron.rollout.sampling import ResponseEnd, logits_processors, sample_seed
+from oprd_megatron.rollout.sampling import Draw, ResponseEnd, logits_processors, sample_seed
 from tests.tiny_models import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -15,9 +15,13 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -3.0])
 IDS = torch.zeros(1, 1, dtype=torch.int64)
 
 
+def processors_of(params: SamplingParams, step: int, sample_indices: list[int]) -> LogitsProcessorList:
+    return logits_processors(params, Draw(params, step, sample_indices, CPU))
+
+
 def draws(params: SamplingParams, count: int) -> torch.Tensor:
     """How often each token is drawn from LOGITS, over `count` samples (rows) of one step, `[V]`."""
-    processors = logits_processors(params, step=3, sample_indices=list(range(count)), device=CPU)
+    processors = processors_of(params, step=3, sample_indices=list(range(count)))
     scores = processors(IDS, LOGITS.repeat(count, 1))
     return torch.bincount(scores.argmax(-1), minlength=len(LOGITS)).double()
 
@@ -33,7 +37,7 @@ def test_draws_follow_the_tempered_softmax(temperature: float) -> None:
 
 def test_draws_of_one_sample_over_time_follow_the_softmax() -> None:
     """The same holds along one sample: successive tokens are drawn with fresh noise."""
-    processors = logits_processors(SamplingParams(seed=5), step=0, sample_indices=[0], device=CPU)
+    processors = processors_of(SamplingParams(seed=5), step=0, sample_indices=[0])
     tokens = torch.cat([processors(IDS, LOGITS[None]).argmax(-1) for _ in range(5000)])
     observed, expected = torch.bincount(tokens, minlength=6).double(), LOGITS.double().softmax(-1) * 5000
     assert ((observed - expected) ** 2 / expected).sum() < 20.5
@@ -60,7 +64,7 @@ def test_ids_beyond_the_limit_are_never_written(temperature: float) -> None:
     """Neither sampled nor greedy text holds an id that the other model lacks; the odds of the rest stay."""
     reversed_logits = LOGITS.flip(0)  # the likeliest ids are the last ones
     params = SamplingParams(temperature=temperature, seed=4, vocab_size=3)
-    processors = logits_processors(params, step=0, sample_indices=list(range(5000)), device=CPU)
+    processors = processors_of(params, step=0, sample_indices=list(range(5000)))
     drawn = processors(IDS, reversed_logits.repeat(5000, 1)).argmax(-1)
     assert drawn.max() < 3
     if temperature:
@@ -70,8 +74,31 @@ def test_ids_beyond_the_limit_are_never_written(temperature: float) -> None:
 
 
 def test_temperature_zero_leaves_the_logits_alone() -> None:
-    """Greedy decoding has no processors at all."""
-    assert len(logits_processors(SamplingParams(temperature=0, top_p=0.5), 0, [0], CPU)) == 0
+    """Greedy decoding takes the logits as they are, whatever top_p says."""
+    logits = LOGITS[None].clone()
+    assert torch.equal(processors_of(SamplingParams(temperature=0, top_p=0.5), 0, [0])(IDS, logits), LOGITS[None])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 2.0])
+def test_a_draws_log_probability_is_of_the_distribution_that_it_is_from(temperature: float, top_p: float) -> None:
+    """Of the tokens that generate takes (the argmax), at every step: after limit, temperature and nucleus, before the noise;
+    of greedy text untempered. 1e-6: a few roundings of fp32."""
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=3, vocab_size=5)
+    draw, count = Draw(params, 2, list(range(300)), CPU), 300
+    processors = logits_processors(params, draw)
+    rows = [LOGITS.flip(0).repeat(count, 1), LOGITS.repeat(count, 1)]
+    drawn = torch.stack([processors(IDS, row).argmax(-1) for row in rows], dim=1)
+    for step, row in enumerate(rows):
+        probs = (row[0, :5].double() / (temperature or 1)).softmax(-1)
+        order = probs.argsort(descending=True)
+        before = probs[order].cumsum(0) - probs[order]
+        keep = order if temperature == 0 else order[before < top_p]
+        expected = torch.full((6,), -torch.inf, dtype=torch.float64)
+        expected[keep] = (probs[keep] / probs[keep].sum()).log()
+        torch.testing.assert_close(draw.logprobs()[:, step].double(), expected[drawn[:, step]], atol=1e-6, rtol=0)
+        assert temperature == 0 or len(drawn[:, step].unique()) > 1
+    assert draw.logprobs().max() <= 0
 
 
 def test_noise_belongs_to_the_sample() -> None:
@@ -79,7 +106,7 @@ def test_noise_belongs_to_the_sample() -> None:
     logits = LOGITS.repeat(3, 1)
 
     def scores(indices: list[int], step: int = 1, seed: int = 1) -> torch.Tensor:
-        return logits_processors(SamplingParams(seed=seed), step, indices, CPU)(IDS, logits[: len(indices)])
+        return processors_of(SamplingParams(seed=seed), step, indices)(IDS, logits[: len(indices)])
 
     alone = scores([7])[0]
     assert torch.equal(scores([3, 7, 9])[1], alone)

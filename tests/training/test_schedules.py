@@ -16,7 +16,8 @@ from oprd_megatron.models import DTYPES
 from oprd_megatron.placing import build_all
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
-from oprd_megatron.rollout import HFEngine, Rollout
+from oprd_megatron.rollout import HFEngine, Request, Rollout, SamplingParams
+from oprd_megatron.rollout.probe import PROBE_STEP
 from oprd_megatron.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.training.runs import changed, num_ranks, tiny_run, with_layout
@@ -29,15 +30,16 @@ FULL_KL = {"terms": [{"kind": "full"}, {"kind": "sampled", "weight": 0.5}]}
 class Stale(HFEngine):
     """Says that its text is of an older version than it is."""
 
-    def generate(self, *args: Any) -> list[Rollout]:
-        return [replace(r, weight_version=r.weight_version - 1) for r in super().generate(*args)]
+    def generate(self, requests: list[Request], params: SamplingParams, step: int) -> list[Rollout]:
+        return [replace(r, weight_version=r.weight_version - 1) for r in super().generate(requests, params, step)]
 
 
 class Silent(HFEngine):
-    """Writes nothing that could be supervised until the last sample."""
+    """Writes nothing in a step; the probe is answered."""
 
-    def generate(self, *args: Any) -> list[Rollout]:
-        return [replace(r, response_ids=()) for r in super().generate(*args)]
+    def generate(self, requests: list[Request], params: SamplingParams, step: int) -> list[Rollout]:
+        rollouts = super().generate(requests, params, step)
+        return rollouts if step == PROBE_STEP else [replace(rollout, response_ids=()) for rollout in rollouts]
 
 
 def make_trainer(values: dict[str, Any], engine: type[HFEngine] = HFEngine) -> Trainer:

@@ -17,14 +17,18 @@ from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.errors import WeightSyncError
 from oprd_megatron.platform import select_platform
 from oprd_megatron.rollout.hf_engine import HFEngine
-from oprd_megatron.rollout.prompts import Prompt
-from oprd_megatron.rollout.weight_sync import (
+from oprd_megatron.rollout.probe import (
+    PROBE_TOKENS,
     TOLERANCES,
+    WRITTEN_TOKENS,
+    Difference,
     check_probe,
+    differing_weights,
     make_probe,
     probe_difference,
-    sync_weights,
 )
+from oprd_megatron.rollout.prompts import Prompt
+from oprd_megatron.rollout.weight_sync import sync_weights
 from oprd_megatron.trainer import export_student
 from tests.models.test_parity import build
 from tests.ranks import run_ranks
@@ -54,14 +58,16 @@ def synced(hf_dir: Path, out_dir: Path, parallel: ParallelConfig, pad_heads: boo
     engine = HFEngine(hf_dir, torch.float32, "cpu", batch_size=2)
     sync_weights(engine, model, version=1)
     weights = {name: weight.clone() for name, weight in engine._weights.items()}
-    probe = make_probe([Prompt(0, "", tuple(range(4, 40))), Prompt(1, "", tuple(range(290, 200, -1)))])
+    probe = make_probe([Prompt(0, "", tuple(range(4, 40))), Prompt(1, "", tuple(range(290, 200, -1)))], context=72)
     differences = {"synced": probe_difference(engine, model, platform, probe)}
+    differing = {"synced": differing_weights(engine, model)}
     for what, name in BROKEN.items():
         if dist.get_rank() == dist.get_world_size() - 1:
             engine._weights[name].data[5].add_(0.05)
         differences[what] = probe_difference(engine, model, platform, probe)
+        differing[what] = differing_weights(engine, model)
         sync_weights(engine, model, version=1)
-    return {"weights": weights, "differences": differences}
+    return {"weights": weights, "differences": differences, "differing": differing}
 
 
 def check_sync(tmp_path: Path, parallel: ParallelConfig, pad_heads: bool) -> None:
@@ -73,7 +79,8 @@ def check_sync(tmp_path: Path, parallel: ParallelConfig, pad_heads: bool) -> Non
         for name, weight in rank["weights"].items():
             assert torch.equal(weight, exported[name]), name
             assert not torch.equal(weight, source[name]), f"{name} was not changed: the test shows nothing"
-        assert rank["differences"]["synced"] < 1e-4
+        assert rank["differences"]["synced"].max < 1e-4
+        assert rank["differing"] == {"synced": [], **{what: [name] for what, name in BROKEN.items()}}
         check_probe(rank["differences"]["synced"], TOLERANCES[torch.float32], version=1)
         for what in BROKEN:
             with pytest.raises(WeightSyncError, match="version 3: engine and trainer differ by"):
@@ -96,11 +103,24 @@ def test_padded_heads_stay_behind(tmp_path: Path) -> None:
 
 
 def test_nothing_but_a_small_difference_passes() -> None:
-    """Neither infinity nor NaN, on either side, is taken for agreement."""
-    check_probe(0.0, 1e-3, version=1)
+    """Neither infinity nor NaN, on either side, is taken for agreement; bf16 has a bound on the mean as well."""
+    allowed = TOLERANCES[torch.float32]
+    check_probe(Difference(0.0, 0.0), allowed, version=1)
     for difference in (2e-3, math.inf, math.nan):
         with pytest.raises(WeightSyncError, match="weight sync of version 1"):
-            check_probe(difference, 1e-3, version=1)
+            check_probe(Difference(difference, 0.0), allowed, version=1)
+    check_probe(Difference(0.3, 0.05), TOLERANCES[torch.bfloat16], version=1)
+    with pytest.raises(WeightSyncError, match=r"0\.07 on average"):
+        check_probe(Difference(0.3, 0.07), TOLERANCES[torch.bfloat16], version=1)
+
+
+def test_the_message_names_weights() -> None:
+    """Those whose checksums differ, five of them; where none does, that is said."""
+    found, allowed = Difference(1.0, 1.0), TOLERANCES[torch.float32]
+    with pytest.raises(WeightSyncError, match=r"other checksums than the trainer's: w0, w1, w2, w3, w4 and 2 more$"):
+        check_probe(found, allowed, 1, [f"w{number}" for number in range(7)])
+    with pytest.raises(WeightSyncError, match="every weight that it received has the trainer's checksum"):
+        check_probe(found, allowed, 1)
 
 
 class ForgetfulEngine(HFEngine):
@@ -137,7 +157,10 @@ def test_a_lost_update_stops_the_run(values: dict[str, Any], layout: dict[str, i
     assert tracker.read_text() == "1"
 
 
-def test_a_prompt_of_one_token_makes_a_probe() -> None:
-    """There is always a token to score: raw-text prompts may be that short."""
+def test_probes_are_as_long_as_they_can_be() -> None:
+    """Two texts, made of one-token prompts if need be, with room for what is written after them."""
     short, long = Prompt(0, "a", (7,)), Prompt(1, "b", tuple(range(100)))
-    assert [sample.ids for sample in make_probe([short, long])] == [(7, 7), tuple(range(64))]
+    one, two = make_probe([short, long], context=28)
+    assert one.token_ids == (7,) * (28 - WRITTEN_TOKENS) and two.token_ids == tuple(range(20))
+    assert [len(text.token_ids) for text in make_probe([short], context=10_000)] == [PROBE_TOKENS] * 2
+    assert [len(text.token_ids) for text in make_probe([short], context=3)] == [2, 2]
