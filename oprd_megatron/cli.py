@@ -12,7 +12,8 @@ import typer
 
 from checkpoints_conversion.commands import app as convert_app
 from oprd_megatron.bridge.commands import app as bridge_app
-from oprd_megatron.entry import one_line_errors, quiet_libraries
+from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
+from oprd_megatron.rollout.commands import app as rollout_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +32,7 @@ A mistake of yours prints one line (what, where, what to do) and exits with code
 
 app.add_typer(convert_app, name="convert")
 app.add_typer(bridge_app, name="bridge")
+app.add_typer(rollout_app, name="rollout")
 
 Config = Annotated[
     Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)
@@ -81,7 +83,7 @@ def evaluate(
     from oprd_megatron.launch import default_num_ranks, launch
 
     run = load_config(config, overrides or [])
-    _refuse_existing(out)
+    refuse_existing(out)
     arguments, settings = _student_weights(weights)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "eval.json")
@@ -120,7 +122,7 @@ def plan(
     from oprd_megatron.planning import plan_run, plan_text
 
     for out in (png, json_out):
-        _refuse_missing_directory(out)
+        refuse_missing_directory(out)
     run = load_config(config, overrides or [])
     planned = plan_run(run, world_size or default_num_ranks(run), gpus_per_node, bridge_rank)
     typer.echo(plan_text(planned))
@@ -130,27 +132,6 @@ def plan(
         from oprd_megatron.planning.heat_map import draw_heat_map
 
         draw_heat_map(planned, png)
-
-
-@app.command()
-def rollout(
-    config: Config,
-    out: Annotated[Path, typer.Option(help="jsonl file to write, one response a line.")],
-    overrides: Overrides = None,
-    weights: Annotated[Path | None, typer.Option(help="Hugging Face directory; left out, student.path.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Write the rollouts of this many training steps.")] = 1,
-) -> None:
-    """Write the student's responses to a file: what training would see in its first steps, without training.
-
-    Example: `oprd rollout examples/quickstart.yaml --out rollouts.jsonl rollout.temperature=0.7`
-    """
-    from oprd_megatron.config import load_config
-    from oprd_megatron.rollout.record import record_rollouts
-
-    _refuse_existing(out)
-    run = load_config(config, overrides or [])
-    count = record_rollouts(run, weights or run.student.path, out, steps)
-    typer.echo(f"{count} responses in {out}")
 
 
 @app.command()
@@ -226,21 +207,6 @@ def _student_weights(path: Path | None) -> tuple[list[str], list[str]]:
             f"{path}: neither a Hugging Face directory, a checkpoint (iter_..) nor a run that has one"
         )
     return [str(checkpoint)], []
-
-
-def _refuse_existing(out: Path | None) -> None:
-    from oprd_megatron.errors import UserError
-
-    if out is not None and out.exists():
-        raise UserError(f"{out}: exists already; nothing is overwritten, give another --out")
-    _refuse_missing_directory(out)
-
-
-def _refuse_missing_directory(out: Path | None) -> None:
-    from oprd_megatron.errors import UserError
-
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"{out}: its directory does not exist; make it first")
 
 
 def main() -> None:

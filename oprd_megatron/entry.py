@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from oprd_megatron.errors import UserError
 
@@ -45,3 +46,24 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def refuse_existing(out: Path | None) -> None:
+    """A result is not written over another.
+
+    Raises:
+        UserError: the file is there, or its directory is not.
+    """
+    if out is not None and out.exists():
+        raise UserError(f"{out}: exists already; nothing is overwritten, give another --out")
+    refuse_missing_directory(out)
+
+
+def refuse_missing_directory(out: Path | None) -> None:
+    """A result has to have a place.
+
+    Raises:
+        UserError: the directory is not there.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"{out}: its directory does not exist; make it first")

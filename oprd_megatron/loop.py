@@ -34,6 +34,7 @@ from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import clear, forget
+from oprd_megatron.rollout.build import prepare_engine
 from oprd_megatron.run_directory import CONFIG_FILE
 from oprd_megatron.trainer import Trainer, export_student
 
@@ -56,20 +57,22 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
     if is_finished(config):
         show_result(config)
         return
+    make_engine = prepare_engine(checked.writer, checked.student_layout, platform)
     teachers, student = build_all(checked, platform)
     held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
-    trainer = Trainer(checked, teachers, student, platform)
+    trainer = Trainer(checked, teachers, student, platform, make_engine)
     space = None if config.teachers else teachers[0].space  # which a refit may change, and a checkpoint then holds
     progress = Progress(step=0, weight_version=0)
     if checked.resume_from is not None:
         progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform, trainer.average)
         if space is not None:
             resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teachers[0].model, student)
+    shows = config.rollout.engine != "file"  # recorded text has no answers to held-out prompts
     logger = open_run(config, progress, fresh=checked.resume_from is None)
     health = watch_bridges(config, teachers)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
-        record = held_out.record(0, trainer.engine, samples=True)
+        record = held_out.record(0, trainer.engine, samples=shows)
         log(logger, record)
         warnings(health, record)  # what later ones are held against
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
@@ -78,7 +81,7 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         progress = Progress(step + 1, trainer.weight_version)
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
-            record = held_out.record(progress.step, trainer.engine, samples=is_last)
+            record = held_out.record(progress.step, trainer.engine, samples=is_last and shows)
             log(logger, record)
             for line in warnings(health, record):
                 messages.warning(line)
@@ -87,8 +90,9 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
             bridge = space.whole if isinstance(space, LowRank) else None
             save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge, trainer.average)
-            if dist.get_rank() == 0:
-                forget(config.run.dir / ROLLOUTS, progress.step)
+            with together("forgetting rollouts"):
+                if dist.get_rank() == 0:
+                    forget(config.run.dir / ROLLOUTS, progress.step)
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:

@@ -7,6 +7,7 @@ runs it, because every rank needs what it returns; the same input gives the same
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from oprd_megatron.representation.grids import check_budget, planner, resolve_gr
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
 from oprd_megatron.representation.space import check_space
+from oprd_megatron.rollout.file_engine import check_recorded
 from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
+from oprd_megatron.rollout.vllm.build import Student, check_running
 from oprd_megatron.run_directory import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,12 @@ class Checked:
             return self.student.vocab_size
         return min(view.shared_vocab_size for view in self.lessons.values())
 
+    @property
+    def writer(self) -> Student:
+        """The student as what writes the text."""
+        longest = max((len(prompt.token_ids) for prompt in self.prompts), default=0)
+        return Student(self.config, self.config.student.path, self.student, self.tokenizer, longest)
+
     def sample_maker(self, prompts: list[Prompt]) -> SampleMaker:
         """Makes samples of the responses to these prompts."""
         if self.teacher_tokenizer is None:
@@ -131,6 +140,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
         other = checked.teacher_tokenizer
         prompts, held_out = read_prompts(config, checked.tokenizer, other)
         _check_context(config, checked.teacher, checked.student, prompts, held_out)
+        _check_engine(checked, prompts)
         return replace(checked, prompts=prompts, held_out=held_out)
     views = {}
     for number, entry in enumerate(config.teachers):
@@ -145,6 +155,7 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     prompts, held_out = read_prompts(config, checked.tokenizer, None)
     for view in views.values():
         _check_context(config, view.teacher, view.student, prompts, held_out)
+    _check_engine(checked, prompts)
     return replace(checked, prompts=prompts, held_out=held_out, views=deal_prompts(config, views, prompts, held_out))
 
 
@@ -265,6 +276,15 @@ def fingerprints(
         teacher_tokenizer=tokenizer_fingerprint(tokenizers[0]),
         student_tokenizer=tokenizer_fingerprint(tokenizers[1]),
     )
+
+
+def _check_engine(checked: Checked, prompts: list[Prompt]) -> None:
+    """What a run's engine can be asked before models are loaded."""
+    section = checked.config.rollout
+    if section.file is not None:
+        check_recorded(checked.config, section.file, checked.student_vocab_size, prompts)
+    if section.engine == "vllm_server" and section.server.urls and os.environ.get("RANK", "0") == "0":
+        check_running(replace(checked, prompts=prompts).writer)
 
 
 def _models(config: RunConfig) -> dict[str, ModelConfig]:

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +33,8 @@ from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
 from oprd_megatron.representation.space import LowRank
 from oprd_megatron.rollout import Rollout, RolloutEngine
-from oprd_megatron.rollout.build import build_hf_engine
+from oprd_megatron.rollout.buffer import FOLDER, BufferedEngine, run_fingerprint
+from oprd_megatron.rollout.build import prepare_engine
 from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.probe import (
@@ -125,9 +125,12 @@ class Trainer:
         if config.teacher.ema_decay is not None:
             self.average = AveragedTeacher(self.lessons[0].placed.model, student, config.teacher.ema_decay)
         if make_engine is None:
-            make_engine = partial(build_hf_engine, config, config.student, student.grid.layout, platform)
+            make_engine = prepare_engine(checked.writer, student.grid.layout, platform)
         self.engine = make_engine()
-        self.text = OnPolicy(config, checked.prompts, self.engine, checked.student_vocab_size)
+        writer = self.engine
+        if writer is not None and config.rollout.buffer and config.rollout.engine != "file":
+            writer = BufferedEngine(writer, config.run.dir / FOLDER, dist.get_rank(), run_fingerprint(config))
+        self.text = OnPolicy(config, checked.prompts, writer, checked.student_vocab_size)
         longest = max(len(prompt.token_ids) for prompt in checked.prompts) + config.rollout.max_response_tokens
         self.probe = make_probe(checked.prompts, min(longest, checked.student.max_position_embeddings))
         self.tolerance = TOLERANCES[DTYPES[config.student.dtype]]

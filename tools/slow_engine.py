@@ -24,6 +24,7 @@ class SlowEngine:
 
     def __init__(self, engine: RolloutEngine, seconds_per_token: float, slots: int = 10**6) -> None:
         self.engine, self.seconds_per_token, self.slots = engine, seconds_per_token, slots
+        self.replica = engine.replica
         self.updates: list[int] = []
         """Versions of the weights that it was given."""
 
@@ -93,6 +94,8 @@ class RandomText:
         vocab_size: ids below this.
         median, sigma: of the lengths; `sigma` is the standard deviation of their logarithm.
     """
+
+    replica: int | None = None
 
     def __init__(self, vocab_size: int, median: float, sigma: float) -> None:
         self.vocab_size, self.median, self.sigma = vocab_size, median, sigma

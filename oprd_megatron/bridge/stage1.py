@@ -28,7 +28,7 @@ from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, fingerprints, preflight
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.bridge import Bridge
-from oprd_megatron.rollout.build import build_hf_engine
+from oprd_megatron.rollout.build import prepare_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 from oprd_megatron.rollout.weight_sync import sync_weights
@@ -98,7 +98,7 @@ def num_steps(config: RunConfig, num_prompts: int) -> int:
 def answers(checked: Checked, student: Model, platform: Platform) -> list[list[Sample]]:
     """The student's responses to `bridge.prompts` training prompts, step by step as training would see them. Collective."""
     config = checked.config
-    engine = build_hf_engine(config, config.student, student.grid.layout, platform)
+    engine = prepare_engine(checked.writer, student.grid.layout, platform)()
     sync_weights(engine, student, version=0)
     text = OnPolicy(config, checked.prompts, engine, checked.student_vocab_size)
     maker = checked.sample_maker(checked.prompts)

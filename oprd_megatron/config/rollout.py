@@ -163,6 +163,10 @@ class RolloutConfig(Strict):
             raise ValueError(
                 "schedule: one_step_off trains on text of weights one version old; set max_staleness: 1 or more"
             )
+        if self.temperature > 2 and self.engine in ("vllm", "vllm_server"):
+            raise ValueError(
+                f"temperature: {self.temperature:g} is above 2, which vLLM refuses; lower it, or use engine: hf"
+            )
         if (self.engine == "file") != (self.file is not None):
             raise ValueError("engine: file and file: PATH go together; set both or neither")
         if self.timeout_seconds is not None and self.engine != "vllm_server":

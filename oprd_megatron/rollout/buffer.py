@@ -83,6 +83,7 @@ class BufferedEngine:
 
     def __init__(self, engine: RolloutEngine, folder: Path, rank: int, run: str = "") -> None:
         self.engine, self.folder, self.rank, self.run = engine, folder, rank, run
+        self.replica = engine.replica
         self._version: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
 

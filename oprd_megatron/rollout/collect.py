@@ -16,23 +16,26 @@ def collect_rollouts(
 ) -> list[Rollout]:
     """Every engine writes its share; every rank gets all, in the order of the prompts. Collective.
 
-    Which rank writes a response does not change it (see `engine`). `engine` is None on ranks that hold none.
+    Which rank writes a response does not change it (see `engine`). `engine` is None on ranks that hold none; ranks whose
+    engines write together have the same share, and the first of them speaks.
     """
-    requests = make_requests(prompts, responses_per_prompt)
-    has_engine = _who_holds(engine)
+    requests, held = make_requests(prompts, responses_per_prompt), _who_holds(engine)
+    replicas, rank = list(dict.fromkeys(replica for replica in held if replica is not None)), dist.get_rank()
+    own = held[rank]
     with together("generating rollouts"):
-        share = slice(sum(has_engine[: dist.get_rank()]), None, sum(has_engine))
-        mine = engine.generate(requests[share], params, step) if engine else []
+        mine: list[Rollout] = []
+        if engine is not None and own is not None:
+            mine = engine.generate(requests[replicas.index(own) :: len(replicas)], params, step)
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
+    dist.all_gather_object(shares, mine if held.index(own) == rank else [])
     return sorted((rollout for share in shares for rollout in share), key=lambda rollout: rollout.sample_index)
 
 
 def holder_of(engine: RolloutEngine | None) -> int:
     """The rank that holds the only engine of the world. Collective."""
-    has_engine = _who_holds(engine)
-    assert sum(has_engine) == 1, f"{sum(has_engine)} ranks hold an engine, but one is to write for all"
-    return has_engine.index(True)
+    holders = [rank for rank, replica in enumerate(_who_holds(engine)) if replica is not None]
+    assert len(holders) == 1, f"{len(holders)} ranks hold an engine, but one is to write for all"
+    return holders[0]
 
 
 def from_holder(holder: int, generation: Generation | None, min_tokens: int | None) -> tuple[list[Rollout], bool]:
@@ -45,7 +48,11 @@ def from_holder(holder: int, generation: Generation | None, min_tokens: int | No
     return parcel[0]
 
 
-def _who_holds(engine: RolloutEngine | None) -> list[bool]:
+def _who_holds(engine: RolloutEngine | None) -> list[tuple[str, int] | None]:
+    """For each rank which engine it has a part of; None if it has none."""
+    mine = None
+    if engine is not None:
+        mine = ("rank", dist.get_rank()) if engine.replica is None else ("replica", engine.replica)
     held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, engine is not None)
+    dist.all_gather_object(held, mine)
     return held

@@ -61,7 +61,14 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """What the trainer asks of an engine."""
+    """What the trainer asks of an engine.
+
+    Attributes:
+        replica: number of the engine that this rank has a part of, where several ranks write together; None if it is this
+            rank's alone.
+    """
+
+    replica: int | None
 
     def generate(self, requests: list[Request], params: SamplingParams, step: int) -> list[Rollout]:
         """One rollout per request, in the order of the requests."""

@@ -34,6 +34,8 @@ class FileEngine:
         DataError: as `open_recorded`.
     """
 
+    replica: int | None = None
+
     def __init__(self, path: Path) -> None:
         self._file = open_recorded(path)
         self.index = self._file.index

@@ -37,6 +37,8 @@ class HFEngine:
         CheckpointError: the directory holds no causal language model that transformers knows.
     """
 
+    replica: int | None = None
+
     def __init__(self, hf_dir: Path | str, dtype: torch.dtype, device: torch.device | str, batch_size: int) -> None:
         self.device = torch.device(device)
         self.batch_size = batch_size

@@ -4,8 +4,8 @@ Engine and trainer give log-probabilities to the same tokens, so a stale, lost o
 above rounding, and the run stops:
 
     read       a fixed text is scored by every copy of the weights that the engine has
-    written    a few tokens are written after that text. It is long, so that an engine with a prefix cache takes the text's keys
-               and values from there: a cache that was not emptied holds those of the old weights.
+    written    before that, a few tokens are written after the text. It is long, so that an engine with a prefix cache takes the
+               text's keys and values from there: a cache that was not emptied holds those of the old weights.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def probe_difference(
     texts = [list(prompt.token_ids) for prompt in probe]
     read: list[torch.Tensor] = []
     with together("probing the rollout engine"):
+        written = _write(engine, probe) if engine is not None else []  # first: scoring may renew a cache
         if engine is not None:
             read = [torch.cat(scores) for scores in engine.score_each(texts).values()]
-        written = _write(engine, probe, len(read)) if engine is not None else []
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [(r.prompt_ids, r.response_ids, r.logprobs) for r in written])
     responses = [response for of_rank in everyone for response in of_rank]
@@ -139,10 +139,9 @@ def differing_weights(engine: RolloutEngine | None, model: Model) -> list[str]:
     return [name for name in order[0] if name in found]
 
 
-def _write(engine: RolloutEngine, probe: Sequence[Prompt], copies: int) -> list[Any]:
-    """A few tokens after each text, once for every copy of the weights: requests are dealt out evenly."""
-    asked = [prompt for prompt in probe for _ in range(copies)]
-    requests = [Request(prompt, number) for number, prompt in enumerate(asked)]
+def _write(engine: RolloutEngine, probe: Sequence[Prompt]) -> list[Any]:
+    """A few tokens after each text."""
+    requests = [Request(prompt, number) for number, prompt in enumerate(probe)]
     return engine.generate(requests, SamplingParams(temperature=0.0, max_response_tokens=WRITTEN_TOKENS), PROBE_STEP)
 
 

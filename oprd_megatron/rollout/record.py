@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from tqdm import trange
 
 from checkpoints_conversion import Architecture, HFReader, check_model, mappings_for, read_architecture
 from oprd_megatron.config import RunConfig
+from oprd_megatron.errors import ConfigError
 from oprd_megatron.models import DTYPES
-from oprd_megatron.platform import select_platform
+from oprd_megatron.platform import init_distributed, select_platform
 from oprd_megatron.rollout.engine import RolloutEngine, make_requests
 from oprd_megatron.rollout.hf_engine import HFEngine
 from oprd_megatron.rollout.on_policy import OnPolicy
@@ -19,6 +21,7 @@ from oprd_megatron.rollout.prompts import load_prompts
 from oprd_megatron.rollout.recorded import RolloutWriter, check_suffix
 from oprd_megatron.rollout.recorded_row import Recorded
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
+from oprd_megatron.rollout.vllm.build import Student, make_colocated, make_server_engine, start_servers
 
 
 def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engine: RolloutEngine | None = None) -> int:
@@ -29,7 +32,7 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         hf_dir: the student.
         out: a new file, .parquet or .jsonl.
         steps: of the run.
-        engine: one that holds the student's weights; left out, the embedded one is made and given those of `hf_dir`.
+        engine: one that holds the student's weights; left out, the run's is made and given those of `hf_dir`.
 
     Raises:
         UserError: a broken model or prompt file, or an `out` that cannot be written.
@@ -45,11 +48,34 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         teachers = [teacher.path for teacher in config.teachers] or [config.teacher.path]
         vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
-    if engine is None:
-        device = select_platform(config.run.device).device
-        engine = HFEngine(hf_dir, DTYPES[config.student.dtype], device, section.batch_size)
-        engine.update_weights(0, _tensors(hf_dir, architecture))
-    text = OnPolicy(config, prompts, engine, vocab_size)
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    student = Student(config, hf_dir, architecture, tokenizer, longest)
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            engine = _make_engine(student)
+            stack.callback(engine.close)
+            engine.update_weights(0, _tensors(hf_dir, architecture))
+        return _write(student, OnPolicy(config, prompts, engine, vocab_size), engine, out, steps)
+
+
+def _make_engine(student: Student) -> RolloutEngine:
+    """The run's engine in this process alone, without weights yet."""
+    config, kind = student.config, student.config.rollout.engine
+    if kind == "file":
+        raise ConfigError(
+            "rollout.engine: file holds text that was written already; choose the engine that is to write"
+        )
+    platform = select_platform(config.run.device)
+    if kind == "vllm_server":
+        return make_server_engine(student, start_servers(student))
+    if kind == "vllm":
+        init_distributed(platform)
+        return make_colocated(student)
+    return HFEngine(student.path, DTYPES[config.student.dtype], platform.device, config.rollout.batch_size)
+
+
+def _write(student: Student, text: OnPolicy, engine: RolloutEngine, out: Path, steps: int) -> int:
+    section, tokenizer = student.config.rollout, student.tokenizer
     with RolloutWriter(out) as writer:
         for step in trange(steps, desc="rollouts", unit="step"):
             batch = text.source.batch(step, section.prompts_per_step)

@@ -60,7 +60,8 @@ class Curator:
         if curated.kept and (gate.gate != "none" or (gate.every and step % gate.every == 0)):
             compared = self._both_scores(curated.kept)
             text.compared.append(compared)
-            silent = silent | compare(*compared).gate(gate, step + 1)
+            text.gated |= compare(*compared).gate(gate, step + 1)
+            silent = silent | text.gated
         for rollout in curated.kept:
             (text.silent if rollout.sample_index in silent else text.waiting).append(rollout)
 
@@ -101,6 +102,7 @@ class StepText:
         compared: of the groups, where it was measured: sample indices, the engine's log-probabilities, the trainer's.
         waiting: responses that are not learned from yet.
         silent: responses that teach nothing, and do not count in the mean yet.
+        gated: sample indices of those that are too far from the trainer's policy.
         staleness: most versions that the weights of a response are behind the student's.
     """
 
@@ -109,6 +111,7 @@ class StepText:
     compared: list[tuple[list[int], list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
     waiting: list[Rollout] = field(default_factory=list)
     silent: list[Rollout] = field(default_factory=list)
+    gated: set[int] = field(default_factory=set)
     staleness: int = 0
 
     def refuse_nothing(self, step: int) -> None:
@@ -117,7 +120,7 @@ class StepText:
         Raises:
             DataError: it has not.
         """
-        refuse_nothing(self.curated, step, {rollout.sample_index for rollout in self.silent})
+        refuse_nothing(self.curated, step, self.gated)
 
     @property
     def num_tokens(self) -> int:
@@ -135,6 +138,6 @@ class StepText:
                 "finished": sum(rollout.finished for rollout in self.rollouts) / len(self.rollouts),
             },
             "staleness": self.staleness,
-            "waste": figures(self.curated),
+            "waste": figures(self.curated, self.gated),
             **({"mismatch": compare(*together).record()} if together else {}),
         }

@@ -153,3 +153,46 @@ def two_steps(values: dict[str, Any], engine: type[HFEngine]) -> None:
     trainer = make_trainer(values, engine)
     trainer.step(0)
     trainer.step(1)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "overlap"])
+def test_masked_responses_count_in_the_mean(values: dict[str, Any], schedule: str) -> None:
+    """A truncated response that is masked teaches nothing, and its tokens make the step smaller; dropped, they do not. Both
+    schedules agree."""
+    values["rollout"]["stop"] = ["a", "e", "o"]  # some responses end by themselves
+    values["optimizer"]["clip_grad"] = 0.0
+    how = {
+        what: run_ranks(1, steps, scheduled(values, schedule, truncated=what, overlap_tokens=6), 1)[0]["records"][0]
+        for what in ("keep", "drop", "mask")
+    }
+    waste = how["mask"]["waste"]
+    assert 0 < waste["truncated"] < 1 and waste["masked"] == waste["truncated"] == how["drop"]["waste"]["dropped"]
+    assert waste["wasted_tokens"] == how["drop"]["waste"]["wasted_tokens"] > 0
+    share = how["drop"]["supervised_tokens"] / how["mask"]["supervised_tokens"]
+    assert how["mask"]["supervised_tokens"] == how["keep"]["supervised_tokens"]
+    assert share == pytest.approx(1 - waste["wasted_tokens"])
+    for name in ("loss", "grad_norm"):
+        assert how["mask"][name] == pytest.approx(how["drop"][name] * share, rel=1e-4), name
+        assert how["drop"][name] != pytest.approx(how["keep"][name], rel=1e-3), name
+
+
+def test_mismatch_is_measured(values: dict[str, Any]) -> None:
+    """Rounding in sync; more, and a smaller effective sample size, where the text is one version behind."""
+    values["rollout"]["mismatch"] = {"every": 1}
+    values["optimizer"]["lr"] = 1e-2
+    sync, off = (run_ranks(1, steps, scheduled(values, name), 3)[0]["records"] for name in ("sync", "one_step_off"))
+    for record in [*sync, off[0]]:
+        assert record["mismatch"]["max_abs"] < 1e-4
+        assert record["mismatch"]["sequence_ess"] == pytest.approx(1.0, abs=1e-3)
+    assert off[2]["mismatch"]["mean_abs"] > 1e-3
+    assert off[2]["mismatch"]["sequence_ess"] < 0.9999
+
+
+def test_the_gate_stops(values: dict[str, Any]) -> None:
+    """Text of weights that are too far away stops the run where it is asked to."""
+    values["rollout"]["mismatch"] = {"gate": "stop", "limit": 1e-3}
+    values["optimizer"]["lr"] = 1e-2
+    with pytest.raises(
+        AssertionError, match=r"step \d: the engine's log-probabilities of \d of 8 responses are further than"
+    ):
+        run_ranks(1, steps, scheduled(values, "one_step_off"), 3)
