@@ -19,6 +19,8 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import torch.distributed as dist
 import typer
+from simulate_schedule import SCHEDULES, Decoder, Learner, simulate
+from slow_engine import RandomText, SlowEngine
 from tqdm import tqdm
 
 from oprd_megatron.config import RunConfig, load_config
@@ -30,8 +32,6 @@ from oprd_megatron.preflight import preflight
 from oprd_megatron.rollout import make_requests
 from oprd_megatron.rollout.weight_sync import sync_weights
 from oprd_megatron.trainer import Trainer
-from tools.simulate_schedule import SCHEDULES, Decoder, Learner, simulate
-from tools.slow_engine import RandomText, SlowEngine
 
 
 def main(
@@ -77,7 +77,7 @@ class Bench:
         self.trainer = Trainer(checked, teachers, student, platform, lambda: self.engine)
         self.config = config
         # Without the probe, which random text has no scores for; weights are still gathered and taken.
-        self.trainer.sync = self.sync  # type: ignore[method-assign]
+        self.trainer.sync = self.sync  # type: ignore[method-assign, assignment]
         self.sync(0)
         self.trainer.last_step = 10**9
 

@@ -73,8 +73,6 @@ class ColocatedEngine:
             ) from None
         options = engine_options(config.vllm, dtype, context, seed)
         options |= {"distributed_executor_backend": "external_launcher", "enable_sleep_mode": torch.cuda.is_available()}
-        if world > tp:
-            options["data_parallel_size"] = world // tp
         self._sleeps, self._is_asleep = torch.cuda.is_available(), False
         self._llm = LLM(model=str(model_dir), **options)
 
