@@ -12,7 +12,9 @@ tools/simulate_schedule.py's functions say for the rates that the sync steps sho
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +48,16 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for schedules.md and schedules.png; made.")] = None,
 ) -> None:
     """Measure and predict steps an hour of sync, overlap and one_step_off."""
-    run = load_config(config, [*(overrides or []), "rollout.engine=vllm_server", "eval=null", "logging.progress=false"])
+    run = load_config(
+        config,
+        [
+            *(overrides or []),
+            "rollout.engine=vllm_server",
+            "rollout.buffer=false",
+            "eval=null",
+            "logging.progress=false",
+        ],
+    )
     init_distributed(select_platform(run.run.device))
     if dist.get_world_size() != 1:
         raise ConfigError("one process: start it with python, not torchrun")
@@ -77,16 +88,16 @@ class Bench:
         self.trainer = Trainer(checked, teachers, student, platform, lambda: self.engine)
         self.config = config
         # Without the probe, which random text has no scores for; weights are still gathered and taken.
-        self.trainer.sync = self.sync  # type: ignore[method-assign, assignment]
+        self.trainer.sync = self.sync  # type: ignore[method-assign]
         self.sync(0)
         self.trainer.last_step = 10**9
 
-    def sync(self, version: int, phase: Any = None) -> float:
+    def sync(self, version: int, phase: Any = None) -> None:
         """The trainer's, without its probe."""
-        self.trainer.text.settle()
+        with phase("rollout") if phase else contextlib.nullcontext():
+            self.trainer.text.settle()
         sync_weights(self.engine, self.trainer.student, version)
         self.trainer.weight_version = version
-        return 0.0
 
     def calibrate(self, teacher_share: float) -> None:
         """Set the engine's speed by steps in which it takes no time: the second and third."""
@@ -100,6 +111,7 @@ class Bench:
         section = self.config.rollout.model_copy(update={"schedule": schedule})
         self.trainer.config = self.config.model_copy(update={"rollout": section})
         self.trainer.text.section = section
+        self.trainer.curator = replace(self.trainer.curator, section=section)
         return self.trainer.step(number)
 
     def round(self, schedule: str, number: int) -> dict[str, Any]:

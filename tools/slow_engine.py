@@ -88,7 +88,8 @@ class SlowGeneration:
 
 
 class RandomText:
-    """A `RolloutEngine` without a model: random ids, log-normal lengths (most responses short, a few as long as allowed).
+    """A `RolloutEngine` without a model: random ids, log-normal lengths (most responses short, a few as long as allowed), which
+    are the same in every step, so that steps compare.
 
     Args:
         vocab_size: ids below this.
@@ -106,9 +107,10 @@ class RandomText:
         return [self._response(request, params, step) for request in requests]
 
     def _response(self, request: Request, params: SamplingParams, step: int) -> Rollout:
-        draw = np.random.default_rng([params.seed, step, request.sample_index])
+        draw = np.random.default_rng([params.seed, request.sample_index])
         wanted = max(1, round(self.median * float(np.exp(self.sigma * draw.standard_normal()))))
         length = min(wanted, params.max_response_tokens)
+        draw = np.random.default_rng([params.seed, step, request.sample_index])
         ids = tuple(draw.integers(0, self.vocab_size, length).tolist())
         return Rollout(
             request.prompt.index, request.sample_index, request.prompt.token_ids, ids, self._version, wanted <= length

@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 selection=()
 if [[ "${1:-}" == --fast ]]; then
-    selection=(-m "not slow and not matrix")
+    selection=(-m "not slow and not matrix and not vllm")
     shift
 fi
 processes=()

@@ -138,6 +138,8 @@ class BucketTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
         self._ledger.is_whole = True
         self.finish_weight_update()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def finish_weight_update(self) -> None:
         """Put the new weights to use.

@@ -2,15 +2,20 @@
 models.
 
 torchrun started the ranks, so vLLM is told that its launcher is external: each rank has a scheduler of its own, the ranks of a
-group schedule the same requests alike, and groups know nothing of each other. An engine gives its memory back after it has
-written (on GPUs: weights to host memory, cache dropped) and takes it again when it is asked something.
+group schedule the same requests alike. vLLM is told nothing of data parallelism: it would make the groups count each other's
+requests at every token, and a group without requests, which does not ask its engine, would hang the others.
+
+An engine gives its memory back after it has written (on GPUs: weights to host memory, cache dropped) and takes it again when it
+is asked something.
 
 Run on CPU; not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,13 @@ from oprd_megatron.rollout.probe import PROBE_STEP
 from oprd_megatron.rollout.sampling import sample_seed
 from oprd_megatron.rollout.vllm.client import Vocabulary
 from oprd_megatron.rollout.vllm.processes import engine_options
+from oprd_megatron.rollout.vllm.weight_transfer import SHARED_MEMORY
 
 KV_CACHE_GIB = "1"
 """Cache of an engine on CPU where VLLM_CPU_KVCACHE_SPACE is not set; vLLM's own is most of the machine's memory."""
+
+SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "data_parallel_size")
+"""vLLM's arguments that groups of `rollout.vllm.tp` ranks leave no choice of."""
 
 
 class ColocatedEngine:
@@ -45,7 +54,7 @@ class ColocatedEngine:
         replica: number of the group.
 
     Raises:
-        ConfigError: vLLM is not installed here, or the ranks are no multiple of a group.
+        ConfigError: vLLM is not installed here or refuses the model or an option, or the ranks are no multiple of a group.
     """
 
     def __init__(
@@ -56,6 +65,12 @@ class ColocatedEngine:
             raise ConfigError(
                 f"rollout.vllm.tp: {tp} does not divide the run's {world} ranks; engines are on groups of tp ranks"
             )
+        for name in SIZES:
+            if name in config.vllm.args:
+                raise ConfigError(
+                    f"rollout.vllm.args: {name} is not for colocated engines, which are on rollout.vllm.tp ranks each; leave "
+                    "it out"
+                )
         self.replica: int | None = dist.get_rank() // tp
         self._vocabulary = vocabulary
         self._version: int | None = None
@@ -74,7 +89,19 @@ class ColocatedEngine:
         options = engine_options(config.vllm, dtype, context, seed)
         options |= {"distributed_executor_backend": "external_launcher", "enable_sleep_mode": torch.cuda.is_available()}
         self._sleeps, self._is_asleep = torch.cuda.is_available(), False
-        self._llm = LLM(model=str(model_dir), **options)
+        try:
+            self._llm = LLM(model=str(model_dir), **options)
+        except ValueError as error:
+            raise ConfigError(f"rollout.engine: vLLM does not start on {model_dir}: {_reason(error)}") from None
+        except RuntimeError as error:
+            if "SHMManager" not in str(error):
+                raise
+            raise ConfigError(
+                f"rollout.vllm.tp: {tp}: on CPU the ranks of an engine meet in /dev/shm, under a name that all runs share; "
+                "another run is starting here, or one was killed while it was: wait, or remove /dev/shm/*-cpushm_*"
+            ) from None
+        if tp > 1 and not torch.cuda.is_available():
+            _free_names()
 
     def generate(self, requests: list[Request], params: SamplingParams, step: int) -> list[Rollout]:
         """One rollout per request, in their order; then the engine sleeps, unless this was the probe.
@@ -106,18 +133,20 @@ class ColocatedEngine:
         self._version = version
 
     def score(self, token_ids: list[list[int]]) -> list[torch.Tensor]:
-        """See `RolloutEngine.score`."""
+        """See `RolloutEngine.score`; sequences have two tokens at least. The last one's is read through the prefix cache (see
+        `scoring`)."""
         from vllm import SamplingParams as Sampling
 
         self._ready_version()
         self._wake()
-        outputs = self._ask(token_ids, [Sampling(max_tokens=1, prompt_logprobs=0)] * len(token_ids))
-        return [
-            torch.tensor(
-                [place[token].logprob for place, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
-            )
-            for output, ids in zip(outputs, token_ids, strict=True)
-        ]
+        last = [Sampling(max_tokens=1, logprobs=1, logprob_token_ids=ids[-1:]) for ids in token_ids]
+        cached = self._ask([ids[:-1] for ids in token_ids], last)  # first: the other would renew the cache
+        whole = self._ask(token_ids, [Sampling(max_tokens=1, prompt_logprobs=0)] * len(token_ids))
+        scores = []
+        for ids, at_once, from_cache in zip(token_ids, whole, cached, strict=True):
+            found = [place[token].logprob for place, token in zip(at_once.prompt_logprobs[1:], ids[1:], strict=True)]
+            scores.append(torch.tensor([*found[:-1], from_cache.outputs[0].logprobs[0][ids[-1]].logprob]))
+        return scores
 
     def score_each(self, token_ids: list[list[int]]) -> dict[str, list[torch.Tensor]]:
         """`score`: a group has one copy."""
@@ -129,12 +158,17 @@ class ColocatedEngine:
         return {str(self.replica): found["crc32"] for found in held}
 
     def close(self) -> None:
-        """Give back a GPU's memory; nothing can be asked afterwards. vLLM's own shutdown is left out: it ends the run's process
-        group."""
+        """Give back a GPU's memory and vLLM's process groups; nothing can be asked afterwards. Collective over the world.
+
+        vLLM's own shutdown is left out: it ends the run's process group too.
+        """
+        from vllm.distributed import destroy_model_parallel
+
         self._version = None
+        self._sleep(level=2)
         self._llm.llm_engine.engine_core._finalizer.detach()
-        if self._sleeps:
-            self._llm.sleep(level=2)
+        gc.unfreeze()  # vLLM froze what there was at its start
+        destroy_model_parallel()
 
     def _ask(self, prompts: list[list[int]], asked: list[Any]) -> list[Any]:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
@@ -171,9 +205,10 @@ class ColocatedEngine:
             logprobs=logprobs,
         )
 
-    def _sleep(self) -> None:
+    def _sleep(self, level: int = 1) -> None:
+        """1 keeps the weights in host memory, 2 forgets them."""
         if self._sleeps and not self._is_asleep:
-            self._llm.sleep(level=1)
+            self._llm.sleep(level=level)
             self._is_asleep = True
 
     def _wake(self) -> None:
@@ -189,4 +224,23 @@ class ColocatedEngine:
 
 def _load(worker: Any, version: int, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Runs in vLLM's worker, which is in this process."""
-    worker.weight_transfer_engine.load_stream(version, tensors)
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config):
+        worker.weight_transfer_engine.load_stream(version, tensors)
+
+
+def _free_names() -> None:
+    """The ranks of the engine have met: what they named in /dev/shm would stay there after a run that is killed, and the next
+    run could not start."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    name = group.device_communicator.dist_module.group_name.lstrip("/")
+    (SHARED_MEMORY / f"{name}_{group.rank_in_group}").unlink()
+
+
+def _reason(error: ValueError) -> str:
+    """In one line: without what pydantic puts around it."""
+    text = re.sub(r"\s*\[type=.*", "", str(error), flags=re.DOTALL)
+    return " ".join(re.sub(r"^.*Value error, ", "", text, flags=re.DOTALL).split())
