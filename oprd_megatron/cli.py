@@ -13,7 +13,7 @@ import typer
 from checkpoints_conversion.commands import app as convert_app
 from oprd_megatron.bridge.commands import app as bridge_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
-from oprd_megatron.rollout.commands import app as rollout_app
+from oprd_megatron.rollout_commands import app as rollout_app
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -238,6 +238,8 @@ def _ranks(
     held = [chunk.held_bytes(planner.state_bytes, planner.output_bytes) for chunk in plan.chunks]
     budget = None if config.distill.spool_bytes is None else int(config.distill.spool_bytes)
     engines = set(student.layout.spread(config.rollout.num_engines or student.layout.num_ranks))
+    if config.rollout.engine != "hf":  # vLLM in these processes is asleep while the models work
+        engines = set()
     groups: dict[tuple[int | None, int | None], list[int]] = {}
     for rank in range(world_size):
         key = [model.layout.coords(rank).pp if rank in model.layout.ranks else None for model in (teacher, student)]

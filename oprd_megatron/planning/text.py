@@ -235,7 +235,8 @@ def _memory(plan: RunPlan) -> list[str]:
         )
     lines += _wrap(
         "Stages are the teacher's and the student's. The models take turns, so the larger activations count. engine: the "
-        "rollout engine's whole copy of the student, without its cache. Not in it: CUDA and NCCL (a few GiB), workspaces.",
+        "embedded rollout engine's whole copy of the student, without its cache. Not in it: CUDA and NCCL (a few GiB), "
+        "workspaces.",
         "  ",
     )
     if outputs:

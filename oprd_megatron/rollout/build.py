@@ -48,9 +48,9 @@ def prepare_engine(student: Student, layout: GridLayout, platform: Platform) -> 
             )
 
     def make_engine() -> RolloutEngine | None:
+        if kind == "vllm":
+            return make_colocated(student)  # itself collective: a rank that fails ends the run
         with together(what):
-            if kind == "vllm":
-                return make_colocated(student)
             if not holds:
                 return None
             if kind == "vllm_server":

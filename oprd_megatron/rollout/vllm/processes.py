@@ -150,9 +150,9 @@ def wait_ready(servers: Sequence[ServerProcess], seconds: float) -> None:
     for server in servers:
         while not _is_healthy(server.url):
             if not server.is_alive:
-                raise UserError(
-                    f"{server.url}: the vLLM server ended at its start; {server.log} says: {last_word(server.log)}"
-                )
+                said = last_word(server.log)
+                advice = "; name the Python of an environment with vLLM in rollout.server.python" * ("'vllm'" in said)
+                raise UserError(f"{server.url}: the vLLM server ended at its start; {server.log} says: {said}{advice}")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{server.url}: the vLLM server is not ready after {seconds:g} s (rollout.server.ready_seconds); "
