@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -11,9 +12,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from oprd_megatron.errors import UserError
+from oprd_megatron.errors import StoppedEarly, UserError
 
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: the same command, started again, goes on."""
 OTHER_RANKS_WAIT_SECONDS = 5
 
 
@@ -29,12 +32,16 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         rank = os.environ.get("RANK", "0")
+        code = EXIT_TRY_AGAIN if isinstance(error, StoppedEarly) else EXIT_USER_ERROR
         if rank != "0":
             time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        kind = "stopped" if isinstance(error, StoppedEarly) else "error"
+        print(f"{kind}: {error}" if rank == "0" else f"{kind} on rank {rank}: {error}", file=sys.stderr)
+        for child in multiprocessing.active_children():  # mcore's checkpoint writer would outlive this process
+            child.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(EXIT_USER_ERROR)
+        os._exit(code)
 
 
 def quiet_libraries() -> None:

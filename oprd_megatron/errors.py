@@ -33,6 +33,11 @@ class TeacherWeightsError(UserError):
     """A teacher that waited in host memory came back with other weights; the message names teacher and tensor."""
 
 
+class StoppedEarly(UserError):
+    """The run ended with a checkpoint before its last step, because it was asked to or had no time left; starting it again goes
+    on."""
+
+
 class WeightSyncError(UserError):
     """The rollout engine's weights are not the trainer's; the message gives the measured difference."""
 

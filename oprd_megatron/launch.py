@@ -8,7 +8,7 @@ import sys
 
 from oprd_megatron.config import RunConfig
 from oprd_megatron.config.schema import ParallelConfig
-from oprd_megatron.entry import EXIT_USER_ERROR
+from oprd_megatron.entry import EXIT_TRY_AGAIN, EXIT_USER_ERROR
 
 
 def default_num_ranks(config: RunConfig) -> int:
@@ -28,7 +28,7 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
     """Run `python -m module arguments` on `num_ranks` local ranks and wait for them.
 
     Returns:
-        0, or the exit code of the first rank that failed (2: a user's mistake, which it has printed in one line).
+        0, or the exit code of the first rank that failed (2: a user's mistake, 75: stopped early; it has said so in one line).
     """
     if num_ranks == 1:
         return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
@@ -44,8 +44,9 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
         elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
-        if EXIT_USER_ERROR in codes:
-            return EXIT_USER_ERROR
+        for code in (EXIT_USER_ERROR, EXIT_TRY_AGAIN):
+            if code in codes:
+                return code
         rank, failure = error.get_first_failure()
         print(f"error: rank {rank} failed with exit code {failure.exitcode}; its output is above", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from oprd_megatron.bridge.health import Health
 from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint, save_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
+from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.evaluation.several import Evaluation
 from oprd_megatron.evaluation.summary import print_summary
 from oprd_megatron.logging import (
@@ -36,6 +37,7 @@ from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import clear, forget
 from oprd_megatron.rollout.build import prepare_engine
 from oprd_megatron.run_directory import CONFIG_FILE
+from oprd_megatron.stopping import Stopping
 from oprd_megatron.trainer import Trainer, export_student
 
 messages = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
         log(logger, record)
         warnings(health, record)  # what later ones are held against
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
+    stopping, reason = Stopping(config.run, platform), None
     for step in range(progress.step, last):
         log(logger, trainer.step(step))
         progress = Progress(step + 1, trainer.weight_version)
@@ -85,14 +88,21 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
             log(logger, record)
             for line in warnings(health, record):
                 messages.warning(line)
-        if progress.step == last:
+        reason = stopping.reason() if progress.step < last else None
+        if progress.step == last or reason:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
-        if progress.step == last or (config.checkpoint.every and progress.step % config.checkpoint.every == 0):
+        due = config.checkpoint.every and progress.step % config.checkpoint.every == 0
+        if progress.step == last or reason or due:
             bridge = space.whole if isinstance(space, LowRank) else None
             save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge, trainer.average)
             with together("forgetting rollouts"):
                 if dist.get_rank() == 0:
                     forget(config.run.dir / ROLLOUTS, progress.step)
+        if reason:
+            logger.close()
+            raise StoppedEarly(
+                f"step {progress.step} of {config.run.steps} because {reason}; a checkpoint is saved, the same command goes on"
+            )
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:

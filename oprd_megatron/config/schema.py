@@ -211,6 +211,11 @@ class RunSection(Strict):
     """Training steps in all, also when resumed."""
     stop_at: PositiveInt | None = None
     """Stop with a checkpoint after this step; the learning-rate schedule still spans `steps`. For jobs in parts."""
+    time_limit_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Stop with a checkpoint and exit code 75 before so much time has passed since the start; the end of a SLURM job counts
+    without it."""
+    time_margin_minutes: NonNegative = 1.0
+    """For the checkpoint, besides the time of two steps."""
     micro_batch_size: PositiveInt = 1
     """Rollouts in one forward and backward pass; they are packed without padding."""
     micro_batch_tokens: PositiveInt | None = None

@@ -44,6 +44,8 @@ DEFAULTS = {
         "seed": 1234,
         "steps": 500,
         "stop_at": None,
+        "time_limit_minutes": None,
+        "time_margin_minutes": 1.0,
         "micro_batch_size": 1,
         "micro_batch_tokens": None,
         "device": "auto",
