@@ -22,6 +22,7 @@ from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_t
 from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
 from oprd_megatron.errors import ConfigError, UserError
 from oprd_megatron.models.spec import has_transformer_engine, refuse_for_transformer_engine
+from oprd_megatron.noise.gate import gate_from_file
 from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.parallel.precision import Machine, check_precisions
 from oprd_megatron.platform import compute_capability
@@ -187,6 +188,8 @@ def check_models(
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
     theirs = load_tokenizer(config.teacher.path)
     check_tokenizer(theirs, teacher.vocab_size, config.teacher.path)
+    if config.teacher.precision.noise_file is not None:
+        gate_from_file(config, pairs)
     if config.distill.bridge is not None:
         _check_bridge(config, teacher, student, pairs, tokenizer, theirs, trained=not starts_run)
     other = theirs if config.distill.cross_tokenizer else None

@@ -18,6 +18,7 @@ No process groups, no GPU and no mcore here: the machine is an argument.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -181,13 +182,14 @@ def read_noise(precision: PrecisionConfig) -> dict[str, Any]:
         ConfigError: there is no such file, or it is another.
     """
     assert precision.noise_file is not None
-    try:
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError):
         found = json.loads(precision.noise_file.read_text())
-        return {"layers": found["layers"], "worst": found["worst"], "teacher": found["teacher"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    if not isinstance(found, dict) or not {"worst", "layers"} <= found.keys():
         raise ConfigError(
             f"precision.noise: {precision.noise_file}: cannot be read; write it with `oprd doctor --precision --out PATH`"
-        ) from None
+        )
+    return found
 
 
 def mcore_settings(precision: PrecisionConfig, frozen: bool) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def build(
     with platform.scope():
         grid = build_grid(layout)
         init_mcore_globals(0, grid.coords.tp)
-    return build_model(architecture, grid, platform, dtype=torch.float32, hf_dir=hf_dir, frozen=True, precision=precision)
+    return build_model(
+        architecture, grid, platform, dtype=torch.float32, hf_dir=hf_dir, frozen=True, precision=precision
+    )
 
 
 def states_and_logits(
