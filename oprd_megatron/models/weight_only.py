@@ -5,7 +5,7 @@ A row's weights are cut into blocks of 32; a block is stored as 32 numbers of to
     weight = number x 2^exponent        2^exponent: the least power of two that leaves the block's largest number at most 448
 
 That is 1 + 1/32 bytes a weight, 0.516 of bf16. Why powers of two in blocks along a row: an e4m3 number has three bits
-after its leading one wherever it lies between 2^-6 and 448, so finer or rounder scales make no difference to its error
+after its leading one wherever it lies between 2^-6 and 448, so finer or rounder scales make little difference to its error
 (docs/fp8.md has the figures); number x 2^exponent is a bf16 number without a second rounding; and a block depends on nothing
 outside of it, so that tensor-parallel ranks, each of which holds whole blocks, store what one rank alone would.
 
@@ -25,6 +25,8 @@ from oprd_megatron.models.norm import NormedRowParallelLinear
 from oprd_megatron.parallel.precision import WEIGHT_BLOCK
 
 FP8 = torch.float8_e4m3fn
+ROWS_AT_ONCE = 1024
+"""Rows that are quantised at a time, in fp32."""
 BIAS = 127
 """An exponent e is stored as e + 127, as in a float32."""
 
@@ -72,9 +74,9 @@ class WeightOnly:
     @torch.no_grad()
     def store(self, weight: torch.Tensor) -> None:
         """Take this rank's whole matrix [O, C], quantised."""
-        numbers, exponents = quantise(weight)
-        self.weight.copy_(numbers)
-        self.exponents.copy_(exponents)
+        for first in range(0, len(weight), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            self.weight[rows], self.exponents[rows] = quantise(weight[rows])
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         made = dequantise(weight, self.exponents, input.dtype)

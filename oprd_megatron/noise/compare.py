@@ -156,7 +156,7 @@ def add_up(
         chunk, layer, micro_batch = place
         if micro_batch in rows[chunk]:
             sums[layer - 1, 2] += float(closeness(mine(place, states[place]), mine(place, hidden))[1])
-        return states[place].to(hidden.device)
+        return states[place].to(hidden)
 
     forward(model, plan, config, platform, look)
     forward(model, plan, config, platform, force)

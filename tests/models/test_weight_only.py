@@ -45,7 +45,7 @@ def quantised(weight: torch.Tensor) -> torch.Tensor:
     seed=st.integers(0, 10_000), exponent=st.integers(-60, 60), dtype=st.sampled_from([torch.float32, torch.bfloat16])
 )
 def test_rounding(seed: int, exponent: int, dtype: torch.dtype) -> None:
-    """Every weight is off by at most 2^-4 of itself, or by half the smallest step of its block; a second time changes nothing."""
+    """Every weight is off by at most 2^-4 of itself, or by half the smallest step of its block; again changes nothing."""
     weight = (torch.randn(5, 96, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent).to(dtype)
     weight[2] = 0
     numbers, exponents = quantise(weight)
@@ -167,8 +167,8 @@ def loaded(hf_dir: Path) -> dict[str, int]:
 
 
 def test_half_the_memory(tmp_path: Path) -> None:
-    """At most 0.55 of bf16 with the embedding (in bf16, here a fortieth of the numbers) and without a head; while loading, a few
-    times one matrix more, never a model in bf16."""
+    """At most 0.55 of bf16 with the embedding (in bf16, here a fiftieth of the numbers) and without a head; while loading, a
+    few times one matrix more, never a model in bf16."""
     tiny_hf_model("llama", tmp_path, tied=False, vocab_size=VOCAB, num_layers=12, hidden_size=128, ffn=512, heads=4)
     (found,) = run_ranks(1, loaded, tmp_path)
     assert found["fp8"] <= 0.55 * found["bf16"]

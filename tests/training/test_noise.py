@@ -1,4 +1,4 @@
-"""The noise of a teacher in fp8: what is measured, that layouts do not matter, which layers are named, and a training's gate."""
+"""The noise of a teacher in fp8: what is measured, that layouts do not matter, which layers are named, a training's gate."""
 
 from __future__ import annotations
 
