@@ -13,6 +13,7 @@ import typer
 from checkpoints_conversion.commands import app as convert_app
 from oprd_megatron.bridge.commands import app as bridge_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
+from oprd_megatron.errors import ConfigError
 from oprd_megatron.rollout_commands import app as rollout_app
 
 app = typer.Typer(
@@ -161,19 +162,38 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory; the run 
 
 
 @app.command()
-def doctor(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> None:
+def doctor(
+    config: Config,
+    overrides: Overrides = None,
+    precision: Annotated[
+        bool, typer.Option("--precision", help="Measure what fp8 does to the teacher's states, and nothing else.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --precision: also write the figures, for teacher.precision.noise.")
+    ] = None,
+    nproc: Ranks = None,
+) -> None:
     """Check a run on this machine before it starts, on a few tokens with its own models and layouts: one line a check.
 
     Versions on all ranks; bytes sent against the plan; loss and gradient of the student's layout against a smaller one; a
     student that is its own teacher gives 0. On several machines: `torchrun .. -m oprd_megatron.doctor CONFIG`.
 
-    Example: `oprd doctor examples/quickstart.yaml`
+    With --precision: for each supervised layer, how far the teacher in fp8 is from the teacher in dtype, beside how far the
+    student is; without teacher.precision as if it said weight_only.
+
+    Example: `oprd doctor examples/quickstart.yaml --precision`
     """
     from oprd_megatron.config import load_config
     from oprd_megatron.launch import default_num_ranks, launch
 
-    run = load_config(config, overrides or [])
-    raise typer.Exit(launch("oprd_megatron.doctor", [str(config), *(overrides or [])], nproc or default_num_ranks(run)))
+    run, settings = load_config(config, overrides or []), [str(config), *(overrides or [])]
+    ranks = nproc or default_num_ranks(run)
+    if out is not None and not precision:
+        raise ConfigError("--out: goes with --precision; leave it out, or add --precision")
+    refuse_existing(out)
+    if precision:
+        raise typer.Exit(launch("oprd_megatron.noise", [str(out or "-"), *settings], ranks))
+    raise typer.Exit(launch("oprd_megatron.doctor", settings, ranks))
 
 
 @app.command("config")

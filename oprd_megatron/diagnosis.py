@@ -25,6 +25,7 @@ import torch.distributed as dist
 import typer
 
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import LayoutError
 from oprd_megatron.models import Model
@@ -186,10 +187,11 @@ def _self_teaching(checked: Checked, samples: list[Sample], platform: Platform) 
             world_size=dist.get_world_size(),
             num_layers=checked.student.num_layers,
             divisible=tp_divisible(checked.student, config.student.pad_heads),
+            token_multiple=config.teacher.precision.token_multiple,
         )
     except LayoutError as error:
         return Finding("student = teacher", "skip", f"the student does not fit the teacher's layout ({error})")
-    section = config.student.model_copy(update={"dtype": config.teacher.dtype})
+    section = config.student.model_copy(update={"dtype": config.teacher.dtype, "precision": PrecisionConfig()})
     copy = place_model(checked, section, checked.student, layout, platform, frozen=True)
     student = place_model(checked, section, checked.student, checked.student_layout, platform, frozen=True)
     distill = config.distill.model_copy(
@@ -237,6 +239,7 @@ def smaller_layout(checked: Checked) -> GridLayout | None:
             world_size=dist.get_world_size(),
             num_layers=checked.student.num_layers,
             divisible={},
+            token_multiple=checked.config.student.precision.token_multiple,
         )
     return None
 

@@ -27,6 +27,8 @@ from oprd_megatron.logging import (
     write_atomically,
 )
 from oprd_megatron.logging.memory import world_peak_memory_bytes
+from oprd_megatron.noise.gate import NoiseGate, gate_from_file
+from oprd_megatron.noise.measure import measured_gate, prompt_samples
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import PlacedTeacher, build_all
@@ -49,11 +51,11 @@ def train(config: RunConfig) -> None:
     platform = select_platform(config.run.device)
     checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     init_distributed(platform)
-    with heartbeat():
-        run(checked, platform, started)
+    with heartbeat(), Stopping(config.run, platform) as stopping:
+        run(checked, platform, started, stopping)
 
 
-def run(checked: Checked, platform: Platform, started: float) -> None:
+def run(checked: Checked, platform: Platform, started: float, stopping: Stopping) -> None:
     """All of a run that its ranks do together; `started` is a reading of `time.perf_counter`."""
     config = checked.config
     if is_finished(config):
@@ -71,16 +73,18 @@ def run(checked: Checked, platform: Platform, started: float) -> None:
             resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teachers[0].model, student)
     shows = config.rollout.engine != "file"  # recorded text has no answers to held-out prompts
     logger = open_run(config, progress, fresh=checked.resume_from is None)
-    health = watch_bridges(config, teachers)
+    health, gates = watch_bridges(config, teachers), noise_gates(trainer, platform)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
         record = held_out.record(0, trainer.engine, samples=shows)
         log(logger, record)
         warnings(health, record)  # what later ones are held against
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
-    stopping, reason = Stopping(config.run, platform), None
     for step in range(progress.step, last):
-        log(logger, trainer.step(step))
+        record = trainer.step(step)
+        log(logger, record)
+        for line in noise_warnings(gates, record):
+            messages.warning(line)
         progress = Progress(step + 1, trainer.weight_version)
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
@@ -140,6 +144,31 @@ def warnings(health: dict[str, Health], record: dict[str, Any]) -> list[str]:
         if name in record["teachers"]
         for line in watch.warnings({**record["teachers"][name], "step": record["step"]})
     ]
+
+
+def noise_gates(trainer: Trainer, platform: Platform) -> dict[str, NoiseGate]:
+    """{teacher: what watches the noise of its rounding}, for teachers whose `precision.noise` asks for it. Collective."""
+    gates = {}
+    for lesson in trainer.lessons:
+        checked = lesson.placed.checked
+        precision = checked.config.teacher.precision
+        if precision.noise_file is not None:
+            gates[lesson.name] = gate_from_file(checked.config, lesson.alignment.pairs)
+        elif precision.noise == "measure":
+            with lesson.placed.at_work():
+                samples = prompt_samples(checked)
+                gates[lesson.name] = measured_gate(checked, lesson.alignment, samples, platform)
+    return gates
+
+
+def noise_warnings(gates: dict[str, NoiseGate], record: dict[str, Any]) -> list[str]:
+    """What there is to say about rounding after a step."""
+    of_teachers, found = record.get("teachers", {}), []
+    for name, gate in gates.items():
+        layers = of_teachers.get(name, {} if of_teachers else record).get("layers")
+        whose = f"teacher {name}: " if of_teachers else ""
+        found += [f"{whose}{line}" for line in (gate.warnings(layers, record["step"]) if layers else [])]
+    return found
 
 
 def is_finished(config: RunConfig) -> bool:

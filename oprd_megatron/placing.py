@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from checkpoints_conversion import Architecture
-from oprd_megatron.config.schema import ModelConfig, RunConfig, StudentConfig
+from oprd_megatron.config.schema import ModelConfig, RunConfig, StudentConfig, needs_teacher_head
 from oprd_megatron.models import DTYPES, Model, build_model
 from oprd_megatron.models.residence import Residence
 from oprd_megatron.parallel import GridLayout
@@ -122,4 +122,6 @@ def place_model(
         frozen=frozen,
         vocab_size=checked.padded_vocab_size,
         recompute=section.recompute if isinstance(section, StudentConfig) else None,
+        precision=section.precision,
+        head=not frozen or needs_teacher_head(checked.config),
     )

@@ -73,6 +73,11 @@ def select_platform(device: Literal["auto", "cpu", "cuda"] = "auto") -> Platform
     return Platform(torch.device("cpu"), "gloo")
 
 
+def compute_capability(device: Literal["auto", "cpu", "cuda"]) -> tuple[int, int] | None:
+    """Of the GPU that a run with this `run.device` computes on; None if it computes on none."""
+    return torch.cuda.get_device_capability() if device != "cpu" and torch.cuda.is_available() else None
+
+
 def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
     """Join the world that torchrun describes, or make a world of one rank without torchrun.
 

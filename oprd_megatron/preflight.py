@@ -21,7 +21,11 @@ from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_turn
 from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
 from oprd_megatron.errors import ConfigError, UserError
+from oprd_megatron.models.spec import has_transformer_engine, refuse_for_transformer_engine
+from oprd_megatron.noise.gate import gate_from_file
 from oprd_megatron.parallel.layout import GridLayout
+from oprd_megatron.parallel.precision import Machine, check_precisions
+from oprd_megatron.platform import compute_capability
 from oprd_megatron.preflight_teachers import check_together, deal_prompts
 from oprd_megatron.representation.grids import check_budget, planner, resolve_grids
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
@@ -175,10 +179,17 @@ def check_models(
         _check_average(teacher, student, teacher_layout, student_layout)
     _check_terms(config, min(teacher.vocab_size, student.vocab_size))
     check_budget(planner(config, pairs, teacher, teacher_layout, student_layout), config)
+    machine = Machine(compute_capability(config.run.device), has_transformer_engine())
+    check_precisions(config, (teacher, student), (teacher_layout, student_layout), machine)
+    for name, layout in (("teacher", teacher_layout), ("student", student_layout)):
+        if _models(config)[name].precision.linear == "fp8":
+            refuse_for_transformer_engine(architectures[name], layout.cp)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, student.vocab_size, config.student.path)
     theirs = load_tokenizer(config.teacher.path)
     check_tokenizer(theirs, teacher.vocab_size, config.teacher.path)
+    if config.teacher.precision.noise_file is not None:
+        gate_from_file(config, pairs)
     if config.distill.bridge is not None:
         _check_bridge(config, teacher, student, pairs, tokenizer, theirs, trained=not starts_run)
     other = theirs if config.distill.cross_tokenizer else None

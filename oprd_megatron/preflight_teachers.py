@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from oprd_megatron.config import RunConfig
+from oprd_megatron.config.schema import needs_teacher_head
 from oprd_megatron.errors import ConfigError, DataError
 from oprd_megatron.parallel.layout import check_idle
-from oprd_megatron.parallel.memory import DTYPE_BYTES, ModelMemory
+from oprd_megatron.parallel.memory import ModelMemory
 from oprd_megatron.rollout.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -46,9 +47,12 @@ def weight_bytes(view: Checked, padded_vocab_size: int, rank: int) -> int:
     layout, dtype = view.teacher_layout, view.config.teacher.dtype
     if rank not in layout.ranks:
         return 0
-    memory, stage = ModelMemory(view.teacher, layout, dtype, padded_vocab_size, trained=False), layout.coords(rank).pp
-    chunks = [memory.chunk_parameters(stage, chunk) for chunk in range(layout.vpp)]
-    return DTYPE_BYTES[dtype] * sum(sum(chunk.values()) for chunk in chunks)
+    precision, has_head = view.config.teacher.precision, needs_teacher_head(view.config)
+    memory = ModelMemory(
+        view.teacher, layout, dtype, padded_vocab_size, trained=False, precision=precision, has_head=has_head
+    )
+    chunks = [memory.chunk_parameters(layout.coords(rank).pp, chunk) for chunk in range(layout.vpp)]
+    return sum(map(memory.frozen_bytes, chunks))
 
 
 def deal_prompts(

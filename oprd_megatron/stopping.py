@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from oprd_megatron.config.schema import RunSection
+from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.platform import Platform
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -24,7 +27,10 @@ STEPS_OF_MARGIN = 2
 
 
 class Stopping:
-    """Watches for reasons to stop, from when it is made.
+    """Watches for reasons to stop, for the length of a `with` block.
+
+    A block that ends with an error gives signals their old meaning back, also one that came before: a launcher that ends this
+    rank because another one failed must not wait.
 
     Args:
         section: `run`.
@@ -38,8 +44,18 @@ class Stopping:
         self._margin = 60 * section.time_margin_minutes
         self._longest = 0.0
         self._last = time.time()
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # signals are the main thread's
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._asked and kind is not None and not issubclass(kind, StoppedEarly):
+            signal.raise_signal(signal.SIGTERM)
 
     def reason(self) -> str | None:
         """Why to stop now; None to go on. Called after every step. Collective: one all-reduce of two numbers."""

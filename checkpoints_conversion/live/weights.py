@@ -10,7 +10,7 @@ the experts' own tensor-parallel group (mcore's `expt_tp`), which may be of anot
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as TensorMapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,14 @@ _EXPERT_NAMES = (
 """How mcore names a parameter of one of a rank's experts, which it counts from 0 on every rank."""
 _STREAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """A dtype travels between stages as its position here plus one; zero means "not on this stage"."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a quantised parameter's values go. `take` is called once, with the shard in `dtype`."""
+
+    dtype: torch.dtype
+    take: Callable[[Tensor], Any]
 
 
 _PARTS = ("embedding", "decoder", "output_layer")
@@ -74,6 +82,7 @@ def load_hf_weights(
     sharding: Sharding,
     arch: Architecture,
     expert_tp_group: dist.ProcessGroup | None = None,
+    stores: TensorMapping[nn.Parameter, Store] | None = None,
 ) -> None:
     """Fill this rank's parameters from a Hugging Face directory, in place, reading only this rank's slices and experts.
 
@@ -85,6 +94,8 @@ def load_hf_weights(
         sharding: this rank's slice of the model.
         arch: what `check_model(hf_dir)` returned.
         expert_tp_group: tensor-parallel group of the experts; None: they are cut like everything else.
+        stores: of parameters that cannot be filled row by row (quantised ones): given the whole shard, which is assembled in
+            `Store.dtype` on the parameter's device, one parameter at a time.
 
     Raises:
         CheckpointError: the directory is broken or does not hold this architecture.
@@ -98,7 +109,13 @@ def load_hf_weights(
             assert name in table, f"no mapping for parameter {name} of a {arch.family} model"
             cut = _cut_of(table[name], sharding, expert_tp_group)
             _check_shape(parameter, table[name], cut)
-            table[name].load(parameter, reader.read, cut)
+            store = (stores or {}).get(parameter)
+            target = (
+                parameter if store is None else torch.empty(parameter.shape, dtype=store.dtype, device=parameter.device)
+            )
+            table[name].load(target, reader.read, cut)
+            if store is not None:
+                store.take(target)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
 from oprd_megatron.config.output import OutputConfig
+from oprd_megatron.config.precision import PrecisionConfig, check_roles
 from oprd_megatron.config.rollout import PromptsConfig, RolloutConfig
 from oprd_megatron.config.schedule import is_ever_on
 from oprd_megatron.config.teachers import Named, TeachingConfig, alone, check_teachers, settle
@@ -98,10 +99,17 @@ class ModelConfig(Strict):
     """Hugging Face directory (config.json, safetensors, tokenizer files)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter dtype. A bf16 student trains with fp32 master weights."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """What of the linear layers is in fp8."""
     parallel: ParallelConfig = ParallelConfig()
     """Parallel layout; teacher and student each have their own, on the same ranks or on disjoint ones."""
     pad_heads: bool = False
     """Let tp split a head count it does not divide by adding attention heads that are zero and stay zero."""
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> ModelConfig:
+        check_roles(self.precision, self.dtype, trained=isinstance(self, StudentConfig))
+        return self
 
 
 class TeacherConfig(ModelConfig):
@@ -110,6 +118,14 @@ class TeacherConfig(ModelConfig):
     ema_decay: DecayRate | None = None
     """Self-distillation: after each step the teacher becomes ema_decay of itself and 1 - ema_decay of the student. Both need
     one architecture and one layout. Left out, the teacher stays as it is."""
+
+    @model_validator(mode="after")
+    def _check_average(self) -> TeacherConfig:
+        if self.ema_decay is not None and self.precision.is_quantised:
+            raise ValueError(
+                "ema_decay: an average of weights in fp8 would stand still; use precision.linear: dtype, or leave ema_decay out"
+            )
+        return self
 
 
 class NamedTeacher(Named, ModelConfig):
@@ -321,3 +337,8 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"{key}: looks at a whole step at once, which rollout.schedule overlap never has; set it to 0"
                 )
+
+
+def needs_teacher_head(config: RunConfig) -> bool:
+    """Whether anything looks at what the teacher predicts: output terms, or the KL of an evaluation."""
+    return bool(config.output.terms) or config.eval is not None

@@ -139,6 +139,11 @@ def check_teachers(config: RunConfig) -> None:
             )
         if teacher.distill.cross_tokenizer:
             raise ValueError(f"teachers[{number}].distill.cross_tokenizer: works with one teacher only; leave it out")
+        if teaching.host_budget is not None and teacher.precision.linear == "fp8":
+            raise ValueError(
+                f"teachers[{number}].precision.linear: fp8 cannot wait in host memory (Transformer Engine keeps it on the "
+                "device); use weight_only, or leave teaching.host_budget out"
+            )
         _check_alone(config.of_teacher(teacher.name), number)
     if config.bridge.refit_every:
         raise ValueError("bridge.refit_every: works with one teacher only; leave it out")

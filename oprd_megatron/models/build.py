@@ -7,13 +7,14 @@ refused when the architecture was read.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -28,14 +29,17 @@ from megatron.core.utils import unwrap_model
 
 from checkpoints_conversion import Architecture, Sharding
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE
-from checkpoints_conversion.live.weights import load_hf_weights
+from checkpoints_conversion.live.weights import Store, load_hf_weights
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.schema import RecomputeConfig
 from oprd_megatron.models.experts import expert_settings
 from oprd_megatron.models.norm import NormedRowParallelLinear
 from oprd_megatron.models.rotary import Rotary, refuse_cut_sequences
-from oprd_megatron.models.spec import block_spec, has_transformer_engine, refuse_for_transformer_engine
+from oprd_megatron.models.spec import Kind, block_spec, has_transformer_engine, refuse_for_transformer_engine
+from oprd_megatron.models.weight_only import weight_only_modules
 from oprd_megatron.parallel import Coords, GridLayout
 from oprd_megatron.parallel.grid import Grid
+from oprd_megatron.parallel.precision import kept_layers, mcore_settings
 from oprd_megatron.platform import Platform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,6 +84,8 @@ def build_model(
     frozen: bool,
     vocab_size: int = 0,
     recompute: RecomputeConfig | None = None,
+    precision: PrecisionConfig | None = None,
+    head: bool = True,
 ) -> Model:
     """Build this rank's shard and load its weights; each rank reads only its own slices. A rank that is not on the grid gets
     a model without chunks.
@@ -94,31 +100,59 @@ def build_model(
         vocab_size: pad the vocabulary as for this many ids, if that is more than the model's own. Two models that are
             padded alike have equal vocabulary shards.
         recompute: activation recomputation of a model that is trained.
+        precision: of the linear layers; already checked (`check_precision`). A quantised weight is read in `dtype`, one
+            matrix at a time.
+        head: False leaves out the weight of an LM head that is not the embedding's on the same stage.
 
     Raises:
         CheckpointError: the weights are missing, torn or of other shapes.
         LayoutError: the architecture does not go with the layout, or with Transformer Engine.
     """
     layout = grid.layout
-    recompute = recompute or RecomputeConfig()
+    recompute, precision = recompute or RecomputeConfig(), precision or PrecisionConfig()
     padded_as = replace(architecture, vocab_size=max(vocab_size, architecture.vocab_size))
     coords = grid.coords if grid.is_member else Coords(0, 0, 0)
     sharding = Sharding.smallest(padded_as, coords.tp, layout.tp, vocab_multiple=VOCAB_MULTIPLE)
-    transformer_engine = has_transformer_engine() and platform.is_cuda
-    if transformer_engine:
+    kind = layer_kind(precision, architecture.num_layers, has_transformer_engine() and platform.is_cuda)
+    if kind.transformer_engine:
         refuse_for_transformer_engine(architecture, layout.cp)
     refuse_cut_sequences(architecture, layout.cp)
     chunks = []
-    with platform.scope():
-        config = transformer_config(architecture, layout, coords.pp, sharding, dtype, platform, recompute)
+    # Where gradients are on, Transformer Engine keeps a transposed copy of an fp8 weight, and one of bf16 in host memory.
+    with platform.scope(), torch.no_grad() if frozen else contextlib.nullcontext():
+        in_fp8 = mcore_settings(precision, frozen)
+        config = transformer_config(architecture, layout, coords.pp, sharding, dtype, platform, recompute, in_fp8)
         for number in range(layout.vpp if grid.is_member else 0):
-            chunks.append(make_chunk(architecture, grid, config, sharding, number, platform.device, transformer_engine))
+            chunks.append(make_chunk(architecture, grid, config, sharding, number, platform.device, kind))
+        if not head and chunks and chunks[-1].post_process:
+            chunks[-1].output_layer.weight = None
         if chunks:
-            load_hf_weights(chunks, hf_dir, sharding, architecture)
+            load_hf_weights(chunks, hf_dir, sharding, architecture, stores=quantised_stores(chunks, dtype))
     if frozen:
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     return Model(architecture, grid, sharding, config, chunks, hf_dir)
+
+
+def layer_kind(precision: PrecisionConfig, num_layers: int, has_te: bool) -> Kind:
+    """What a model's layers are made of, where TE can be used (`has_te`). Weights alone are quantised in our own layers; the
+    ends that mcore keeps in bf16 itself are left to it."""
+    if precision.linear == "weight_only":
+        return Kind(weight_only=True, kept=kept_layers(precision, num_layers))
+    if precision.linear == "dtype":
+        return Kind(transformer_engine=has_te)
+    inner = range(precision.first_layers + 1, num_layers - precision.last_layers + 1)
+    return Kind(transformer_engine=has_te, kept=kept_layers(precision, num_layers) & set(inner))
+
+
+def quantised_stores(chunks: list[GPTModel], dtype: torch.dtype) -> dict[torch.nn.Parameter, Store]:
+    """What takes the values of this rank's quantised parameters. A slice of a TE tensor is a copy, which it is no use to fill;
+    `copy_` of a whole one quantises."""
+    stores = {module.weight: Store(dtype, module.store) for module in weight_only_modules(chunks)}
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        if is_float8tensor(parameter):
+            stores[parameter] = Store(dtype, parameter.copy_)
+    return stores
 
 
 def make_chunk(
@@ -128,7 +162,7 @@ def make_chunk(
     sharding: Sharding,
     number: int,
     device: torch.device,
-    transformer_engine: bool = False,
+    kind: Kind = Kind(),  # noqa: B008 (frozen)
 ) -> GPTModel:
     """One of this rank's chunks as training runs it, its weights not yet loaded.
 
@@ -139,17 +173,13 @@ def make_chunk(
         sharding: of this rank.
         number: of the chunk, from 0; virtual pipeline stages have several.
         device: of the parameters. On `meta` they take no memory, and what is computed from the architecture is on the CPU.
-        transformer_engine: use mcore's TE modules.
+        kind: of its layers.
     """
     layout, is_meta = grid.layout, device.type == "meta"
     with device if is_meta else contextlib.nullcontext():
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(
-                architecture,
-                len(layout.chunk_layers(grid.coords.pp, number)),
-                transformer_engine=transformer_engine,
-            ),
+            transformer_layer_spec=block_spec(architecture, layout.chunk_layers(grid.coords.pp, number), kind),
             vocab_size=sharding.vocab_size_padded,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=grid.is_first_stage and number == 0,
@@ -176,9 +206,10 @@ def transformer_config(
     dtype: torch.dtype,
     platform: Platform,
     recompute: RecomputeConfig,
+    in_fp8: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """mcore's configuration for one rank of the layout. Weights are loaded, never initialised; nothing is fused that
-    needs CUDA kernels of its own."""
+    """mcore's configuration for one rank of the layout; `in_fp8` from `mcore_settings`. Weights are loaded, never initialised;
+    nothing is fused that needs CUDA kernels of its own."""
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -222,6 +253,7 @@ def transformer_config(
         persist_layer_norm=False,
         batch_p2p_comm=platform.is_cuda,
         **expert_settings(architecture.experts),
+        **(in_fp8 or {}),
     )
 
 

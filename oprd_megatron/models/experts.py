@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -53,9 +52,8 @@ class SingleExpertRouter(Router):
         return is_chosen.to(logits.dtype), is_chosen
 
 
-def local_experts(experts: Experts) -> ModuleSpec:
-    """A layer's experts on mcore's own linear layers."""
-    layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def local_experts(experts: Experts, layers: MLPSubmodules) -> ModuleSpec:
+    """A layer's experts on these linear layers."""
     mlps = ModuleSpec(module=SequentialMLP, submodules=layers)
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=mlps, router=router_class(experts)))
 

@@ -2,7 +2,8 @@
 
 The first `leave` copies the weights to host memory and takes a checksum of every tensor's bytes; after that a model leaves by
 freeing its device memory alone, since its weights do not change. `come_back` copies them to the device and compares the
-checksums there, so that neither the copy's way nor its wait can change a weight unnoticed.
+checksums there, so that neither the copy's way nor its wait can change a weight unnoticed. The exponents of weights in fp8
+(weight_only.py) go and come with them.
 
 Memory moves storage by storage: tensors that share one (tied weights, views) are copied once and share one again.
 """
@@ -16,6 +17,7 @@ import torch
 from checkpoints_conversion.live.weights import canonical_parameters
 from oprd_megatron.errors import TeacherWeightsError
 from oprd_megatron.models.build import Model
+from oprd_megatron.models.weight_only import weight_only_modules
 
 AT_ONCE = 1 << 22
 """Words of a checksum that are widened at a time."""
@@ -23,9 +25,9 @@ AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter's place in its storage."""
+    """A parameter's (or exponents') place in its storage."""
 
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -62,7 +64,9 @@ class Residence:
 
     def __init__(self, model: Model, name: str) -> None:
         self.name, self.is_home, self.luggage = name, True, list[Luggage]()
-        self._parameters = canonical_parameters(model.chunks)
+        self._parameters: dict[str, torch.Tensor] = {**canonical_parameters(model.chunks)}
+        for number, module in enumerate(weight_only_modules(model.chunks)):
+            self._parameters[f"exponents of linear layer {number} of this rank"] = module.exponents
         self._device = next((p.device for p in self._parameters.values()), torch.device("cpu"))
 
     @torch.no_grad()
@@ -97,12 +101,12 @@ class Residence:
         self.is_home = True
 
     def _pack(self) -> list[Luggage]:
-        by_storage: dict[int, list[tuple[str, torch.nn.Parameter]]] = {}
+        by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, parameter in self._parameters.items():
             by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
         return [self._copied(tensors) for tensors in by_storage.values()]
 
-    def _copied(self, tensors: list[tuple[str, torch.nn.Parameter]]) -> Luggage:
+    def _copied(self, tensors: list[tuple[str, torch.Tensor]]) -> Luggage:
         storage = tensors[0][1].untyped_storage()
         data = torch.empty(0, dtype=torch.uint8, device=self._device).set_(storage)
         host = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._device.type == "cuda")

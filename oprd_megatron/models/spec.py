@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,6 +23,11 @@ from oprd_megatron.models.attention import SDPACoreAttention
 from oprd_megatron.models.experts import local_experts, router_class
 from oprd_megatron.models.norm import NormedRowParallelLinear, RMSNorm
 from oprd_megatron.models.rotary import RotarySelfAttention, has_two_sets
+from oprd_megatron.models.weight_only import (
+    WeightOnlyColumnParallelLinear,
+    WeightOnlyNormedRowParallelLinear,
+    WeightOnlyRowParallelLinear,
+)
 
 INPUT_NORM_KEY = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 FUSED_NORM_KEYS = {**INPUT_NORM_KEY, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -33,16 +40,31 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine_torch") is not None
 
 
-def block_spec(architecture: Architecture, num_layers: int, *, transformer_engine: bool) -> TransformerBlockSubmodules:
-    """Specification of one pipeline stage.
+@dataclass(frozen=True)
+class Kind:
+    """What a model's layers are made of.
+
+    Attributes:
+        transformer_engine: mcore's TE modules; not yet run on a GPU by this project.
+        weight_only: linear layers whose weights are stored in fp8, of our own modules.
+        kept: layers (1-based) whose linear layers stay in dtype. Those at an end that TE computes in fp8 are mcore's business.
+    """
+
+    transformer_engine: bool = False
+    weight_only: bool = False
+    kept: frozenset[int] = frozenset()
+
+
+def block_spec(architecture: Architecture, layers: Sequence[int], kind: Kind) -> TransformerBlockSubmodules:
+    """Specification of one chunk of a model.
 
     Args:
         architecture: of the model.
-        num_layers: layers on this stage.
-        transformer_engine: use mcore's TE modules; not yet run on a GPU by this project.
+        layers: of the chunk, 1-based.
+        kind: of the layers.
     """
     qk_norm, experts = architecture.qk_norm, architecture.experts
-    if transformer_engine:
+    if kind.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -51,8 +73,16 @@ def block_spec(architecture: Architecture, num_layers: int, *, transformer_engin
         )
         if experts:
             layer.submodules.mlp.submodules.router = router_class(experts)
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer(architecture)] * num_layers, layer_norm=RMSNorm)
+        in_dtype = layer
+        if kind.kept:
+            from oprd_megatron.models.kept_layer import KeptLayer
+
+            in_dtype = replace(layer, module=KeptLayer)
+        return TransformerBlockSubmodules(
+            layer_specs=[in_dtype if number in kind.kept else layer for number in layers], layer_norm=TENorm
+        )
+    specs = [_local_layer(architecture, kind.weight_only and number not in kind.kept) for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
 
 
 def refuse_for_transformer_engine(architecture: Architecture, cp: int) -> None:
@@ -77,22 +107,26 @@ def refuse_for_transformer_engine(architecture: Architecture, cp: int) -> None:
             )
 
 
-def _local_layer(architecture: Architecture) -> ModuleSpec:
+def _local_layer(architecture: Architecture, weight_only: bool) -> ModuleSpec:
     qk_norm, experts = architecture.qk_norm, architecture.experts
-    row_parallel = NormedRowParallelLinear if architecture.sandwich_norm else RowParallelLinear
+    column, row, normed = ColumnParallelLinear, RowParallelLinear, NormedRowParallelLinear
+    if weight_only:
+        column, row = WeightOnlyColumnParallelLinear, WeightOnlyRowParallelLinear
+        normed = WeightOnlyNormedRowParallelLinear
+    row_parallel = normed if architecture.sandwich_norm else row
     rotary = {"architecture": architecture} if has_two_sets(architecture) else {}
     attention = ModuleSpec(
         module=RotarySelfAttention if rotary else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, **rotary},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=partial(SDPACoreAttention, windows=architecture.attention_windows),
             linear_proj=row_parallel,
             q_layernorm=RMSNorm if qk_norm else IdentityOp,
             k_layernorm=RMSNorm if qk_norm else IdentityOp,
         ),
     )
-    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=row_parallel))
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row_parallel))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -100,7 +134,7 @@ def _local_layer(architecture: Architecture) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=local_experts(experts) if experts else dense,
+            mlp=local_experts(experts, MLPSubmodules(linear_fc1=column, linear_fc2=row)) if experts else dense,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=FUSED_NORM_KEYS if experts is None else INPUT_NORM_KEY,
         ),

@@ -39,6 +39,7 @@ class GridLayout:
         layers_per_stage: layers of each of the pp * vpp chunks, in the model's order; their sum is the model's depth.
         first_rank: global rank of the grid's first rank.
         vpp: chunks on each stage.
+        token_multiple: packs are filled up until what a rank multiplies has a multiple of so many tokens, as fp8 needs.
     """
 
     tp: int
@@ -49,6 +50,7 @@ class GridLayout:
     first_rank: int = 0
     cp: int = 1
     vpp: int = 1
+    token_multiple: int = 1
 
     @property
     def num_ranks(self) -> int:
@@ -111,6 +113,7 @@ def resolve_layout(
     num_layers: int,
     divisible: dict[str, int],
     layers_per_stage: tuple[int, ...] | None = None,
+    token_multiple: int = 1,
 ) -> GridLayout:
     """Fill in what the config leaves open and check that the layout can work.
 
@@ -121,6 +124,7 @@ def resolve_layout(
         num_layers: depth of the model.
         divisible: what tp has to divide: {name: size}.
         layers_per_stage: stands for the config's, if given (`follow_student`).
+        token_multiple: of the layout.
 
     Raises:
         LayoutError: one line with the product or divisor that failed and the nearest layouts that fit.
@@ -151,7 +155,8 @@ def resolve_layout(
         raise LayoutError(f"{name}: {problem}; {advice}")
     stages = layers_per_stage or _stages(parallel, name, num_layers)
     return GridLayout(
-        tp=tp, pp=pp, dp=dp, sp=parallel.sp, layers_per_stage=stages, first_rank=parallel.first_rank, cp=cp, vpp=parallel.vpp
+        tp=tp, pp=pp, dp=dp, sp=parallel.sp, layers_per_stage=stages, first_rank=parallel.first_rank, cp=cp, vpp=parallel.vpp,
+        token_multiple=token_multiple,
     )  # fmt: skip
 
 

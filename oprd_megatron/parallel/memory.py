@@ -8,7 +8,10 @@ last stage) on more. With N numbers on a rank, N' of them trained, and a dtype o
     gradients  4 N'                mcore's DDP accumulates in fp32 (`main_grad`)
     optimizer  (8 + [bf16] 4) N'   two fp32 Adam moments, and an fp32 master copy of bf16 weights
 
-The teacher is frozen: weights only. So is an untied head that no output term reaches (optimizer.py): it is in N, not in N'.
+The teacher is frozen: weights only, those of its linear layers in a byte and their scales if they are in fp8 (`precision`), and
+no head where neither an output term nor an evaluation looks at its predictions. Frozen, too, is an untied head of the student
+that no output term reaches (optimizer.py): it is in N, not in N'. A student that computes in fp8 keeps its weights as they are;
+what Transformer Engine casts for a step is not counted.
 Trained maps of `distill.mode: linear` are in both, whole on every tensor-parallel rank. mcore's distributed optimizer
 keeps the trained weights and their gradients of each chunk in buffers in which every parameter starts at a multiple of 64
 numbers and which end at a multiple of lcm(dp * cp, 128); a tied embedding of a pipeline has one of its own. A rank's share of
@@ -50,8 +53,10 @@ from dataclasses import dataclass, field, replace
 
 from checkpoints_conversion import Architecture, Sharding, mappings_for
 from checkpoints_conversion.architecture import VOCAB_MULTIPLE
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.schema import RecomputeConfig
 from oprd_megatron.parallel.layout import GridLayout
+from oprd_megatron.parallel.precision import kept_layers, weight_bytes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = MASTER_BYTES = 4
@@ -100,6 +105,8 @@ class ModelMemory:
         recompute: of activations.
         trains_head: an untied head is trained too: there are output terms.
         state_maps: {student layer: numbers of its trained map}.
+        precision: of the linear layers.
+        has_head: False where nothing looks at what a teacher predicts, and its head is left out.
     """
 
     architecture: Architecture
@@ -111,6 +118,8 @@ class ModelMemory:
     recompute: RecomputeConfig = RecomputeConfig()  # noqa: RUF009 (frozen)
     trains_head: bool = False
     state_maps: Mapping[int, int] = field(default_factory=dict)
+    precision: PrecisionConfig = PrecisionConfig()  # noqa: RUF009 (frozen)
+    has_head: bool = True
 
     @property
     def sharding(self) -> Sharding:
@@ -159,7 +168,7 @@ class ModelMemory:
             if name.startswith("decoder.layers."):
                 here = name.split(".")[2] in layers
             elif name == HEAD:
-                here = last and not (first and self.architecture.tie_word_embeddings)
+                here = self.has_head and last and not (first and self.architecture.tie_word_embeddings)
             else:
                 here = first if name == EMBEDDING else last
             if here:
@@ -175,7 +184,7 @@ class ModelMemory:
         itemsize = DTYPE_BYTES[self.dtype]
         activations = self.activations(stage, tokens, micro_batches)
         if not self.trained:
-            return StageMemory(parameters, parameters * itemsize, 0, 0, activations)
+            return StageMemory(parameters, sum(map(self.frozen_bytes, chunks)), 0, 0, activations)
         frozen = sum(chunk.get(name, 0) for chunk in chunks for name in self._frozen)
         trained, share = parameters - frozen, 1
         if self.distributed:
@@ -187,6 +196,13 @@ class ModelMemory:
             gradients=trained * GRADIENT_BYTES,
             optimizer=trained // share * per_number,
             activations=activations,
+        )
+
+    def frozen_bytes(self, chunk: Mapping[str, int]) -> int:
+        """Bytes of a frozen model's parameters, {name: numbers}, as they are stored."""
+        kept, itemsize = kept_layers(self.precision, self.architecture.num_layers), DTYPE_BYTES[self.dtype]
+        return round(
+            sum(n * weight_bytes(name, self.precision, kept, itemsize, frozen=True) for name, n in chunk.items())
         )
 
     def _buffer(self, chunk: dict[str, int]) -> int:

@@ -11,11 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from checkpoints_conversion import Architecture, read_architecture
-from oprd_megatron.config.schema import ModelConfig, RunConfig
+from oprd_megatron.config.schema import ModelConfig, RunConfig, needs_teacher_head
 from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.parallel.layout import GridLayout, even_stages
 from oprd_megatron.parallel.memory import ModelMemory, StageMemory, engine_bytes, peak_spooled
+from oprd_megatron.parallel.precision import check_precisions
 from oprd_megatron.planning.figures import (
     Batch,
     FollowStudent,
@@ -59,6 +60,7 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
         width = bridge_rank(bridge) - config.distill.bridge_head if bridge else teacher.hidden_size
     with _quiet(grids.logger):  # it reports what follow_student saves; so does the plan
         layouts = grids.resolve_grids(config, teacher, student, world_size, width)
+    check_precisions(config, (teacher, student), layouts, machine=None)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     planner = grids.planner(config, pairs, teacher, *layouts, width)
     grids.check_budget(planner, config)
@@ -109,7 +111,15 @@ def _memories(
     vocab_size = max(teacher.vocab_size, student.vocab_size)
     maps = {pair.student_layer: teacher.hidden_size * student.hidden_size for pair in pairs}
     return (
-        ModelMemory(teacher, layouts[0], config.teacher.dtype, vocab_size, trained=False),
+        ModelMemory(
+            teacher,
+            layouts[0],
+            config.teacher.dtype,
+            vocab_size,
+            trained=False,
+            precision=config.teacher.precision,
+            has_head=needs_teacher_head(config),
+        ),
         ModelMemory(
             student,
             layouts[1],
@@ -130,6 +140,8 @@ def _model(section: ModelConfig, memory: ModelMemory, sides: Sequence[Side]) -> 
     return ModelPlan(
         path=str(section.path),
         dtype=section.dtype,
+        linear=section.precision.linear,
+        has_head=memory.has_head,
         architecture=memory.architecture,
         layout=memory.layout,
         layers_per_stage=section.parallel.layers_per_stage,

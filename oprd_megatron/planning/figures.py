@@ -20,7 +20,8 @@ class ModelPlan:
     """One model: its architecture, its grid, and what a rank of each stage holds.
 
     Attributes:
-        path, dtype: as in the config.
+        path, dtype: as in the config. linear: `precision.linear`.
+        has_head: False where nothing looks at its predictions.
         architecture: from config.json.
         layout: the grid.
         layers_per_stage: how the config says it: a list, follow_student, or None (even).
@@ -32,6 +33,8 @@ class ModelPlan:
 
     path: str
     dtype: str
+    linear: str
+    has_head: bool
     architecture: Architecture
     layout: GridLayout
     layers_per_stage: list[int] | str | None

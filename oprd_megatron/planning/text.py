@@ -53,7 +53,7 @@ def _grid(name: str, model: ModelPlan, plan: RunPlan) -> list[str]:
     passes = _many("micro-batch", model.num_micro_batches, "es")
     lines = [
         *_wrap(
-            f"{architecture.family}, {architecture.num_layers} layers, width {architecture.hidden_size}, {model.dtype}, "
+            f"{architecture.family}, {architecture.num_layers} layers, width {architecture.hidden_size}, {_numbers(model)}, "
             f"{kind}: {model.path}",
             f"{name.upper()}  ",
         ),
@@ -77,6 +77,12 @@ def _grid(name: str, model: ModelPlan, plan: RunPlan) -> list[str]:
         lead = f"  {stage:>5}  {cell:<{wide}}" + (f"  {span:<{max(rest, 6)}}" if rest else "") + "  "
         lines += _wrap(_holds(model, stage), lead, len(lead))
     return lines
+
+
+def _numbers(model: ModelPlan) -> str:
+    """What its parameters are in."""
+    kinds = {"dtype": "", "fp8": ", linear layers in fp8", "weight_only": ", weights of linear layers in fp8"}
+    return model.dtype + kinds[model.linear]
 
 
 def _stage_ranks(layout: GridLayout, stage: int) -> str:
@@ -103,7 +109,7 @@ def _holds(model: ModelPlan, stage: int) -> str:
         parts.insert(0, "embedding")
     if stage == layout.pp - 1:
         head = "head" if not tied else "head (the embedding)" if layout.pp == 1 else "head (a copy of the embedding)"
-        parts += ["final norm", head]
+        parts += ["final norm", *([head] if model.has_head else [])]
     return ", ".join(parts)
 
 

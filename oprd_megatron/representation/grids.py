@@ -157,6 +157,7 @@ def _resolve(
         num_layers=architecture.num_layers,
         divisible=tp_divisible(architecture, section.pad_heads),
         layers_per_stage=stages,
+        token_multiple=section.precision.token_multiple,
     )
     if name == "student":
         check_experts(layout, architecture, f"{name}.parallel")

@@ -32,7 +32,8 @@ class Pack:
     Attributes:
         samples: their ids, in order; none in a filler that only keeps a pipeline in step.
         spans: tokens that each takes up, its own and what fills it up to a multiple of 2 * cp; a last span without a sample
-            fills the pack up to a multiple of what context and sequence parallelism divide it by.
+            fills the pack up to a multiple of what context and sequence parallelism divide it by, times the layout's
+            `token_multiple`.
     """
 
     samples: tuple[int, ...]
@@ -133,7 +134,7 @@ def _span(length: int, cp: int) -> int:
 
 
 def _pack(samples: tuple[int, ...], lengths: Sequence[int], layout: GridLayout) -> Pack:
-    whole = math.lcm(_span(1, layout.cp), layout.cp * (layout.tp if layout.sp else 1))
+    whole = math.lcm(_span(1, layout.cp), layout.cp * (layout.tp if layout.sp else 1) * layout.token_multiple)
     spans = [_span(lengths[sample], layout.cp) for sample in samples]
     total = sum(spans)
     filler = -(-max(1, total) // whole) * whole - total

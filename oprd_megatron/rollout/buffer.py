@@ -33,7 +33,16 @@ FOLDER = "rollouts"
 """Name of the buffer in a run directory."""
 
 WITHOUT_EFFECT: dict[str, Any] = {
-    "run": {"dir", "stop_at", "time_limit_minutes", "time_margin_minutes", "micro_batch_size", "micro_batch_tokens", "device", "export"},
+    "run": {
+        "dir",
+        "stop_at",
+        "time_limit_minutes",
+        "time_margin_minutes",
+        "micro_batch_size",
+        "micro_batch_tokens",
+        "device",
+        "export",
+    },
     "teacher": {"parallel"},
     "student": {"parallel", "recompute"},
     "rollout": {

@@ -38,6 +38,16 @@ PARALLEL = {
     "last_stage_layers": None,
 }
 RECOMPUTE = {"granularity": "none", "method": "uniform", "num_layers": 1}
+PRECISION = {
+    "linear": "dtype",
+    "recipe": "tensorwise",
+    "fp8_parameters": None,
+    "first_layers": 0,
+    "last_layers": 0,
+    "keep_layers": [],
+    "keep_worst": 0,
+    "noise": "off",
+}
 DEFAULTS = {
     "run": {
         "dir": "runs/a",
@@ -53,10 +63,18 @@ DEFAULTS = {
     },
     "teachers": [],
     "teaching": None,
-    "teacher": {"path": "teacher", "dtype": "bf16", "parallel": PARALLEL, "pad_heads": False, "ema_decay": None},
+    "teacher": {
+        "path": "teacher",
+        "dtype": "bf16",
+        "precision": PRECISION,
+        "parallel": PARALLEL,
+        "pad_heads": False,
+        "ema_decay": None,
+    },
     "student": {
         "path": "student",
         "dtype": "bf16",
+        "precision": PRECISION,
         "parallel": PARALLEL,
         "pad_heads": False,
         "recompute": RECOMPUTE,
@@ -278,7 +296,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 23
+    assert len(models) == 24
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"

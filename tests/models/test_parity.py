@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints_conversion import read_architecture
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.models import Model, build_model, no_output_loss, run_schedule
 from oprd_megatron.parallel import resolve_layout, tp_divisible
@@ -39,7 +40,9 @@ TOLERANCE = 1e-5
 """Largest difference allowed in fp32: sums are taken in another order, nothing else differs."""
 
 
-def build(hf_dir: Path, parallel: ParallelConfig, pad_heads: bool = False) -> Model:
+def build(
+    hf_dir: Path, parallel: ParallelConfig, pad_heads: bool = False, precision: PrecisionConfig | None = None
+) -> Model:
     import torch.distributed as dist
 
     platform = select_platform("cpu")
@@ -51,13 +54,21 @@ def build(hf_dir: Path, parallel: ParallelConfig, pad_heads: bool = False) -> Mo
     with platform.scope():
         grid = build_grid(layout)
         init_mcore_globals(0, grid.coords.tp)
-    return build_model(architecture, grid, platform, dtype=torch.float32, hf_dir=hf_dir, frozen=True)
+    return build_model(
+        architecture, grid, platform, dtype=torch.float32, hf_dir=hf_dir, frozen=True, precision=precision
+    )
 
 
-def states_and_logits(hf_dir: Path, parallel: ParallelConfig, texts: list[tuple[int, ...]], pad_heads: bool) -> dict:
+def states_and_logits(
+    hf_dir: Path,
+    parallel: ParallelConfig,
+    texts: list[tuple[int, ...]],
+    pad_heads: bool,
+    precision: PrecisionConfig | None = None,
+) -> dict:
     """This rank's tapped states {layer: (token numbers, rows)} and logits (token numbers, rows [N, V_local]) of the texts,
     run as one pack."""
-    model = build(hf_dir, parallel, pad_heads)
+    model = build(hf_dir, parallel, pad_heads, precision)
     coords, layout = model.grid.coords, model.grid.layout
     samples = [Sample(ids, ()) for ids in texts]
     arrangement = arrange([len(ids) for ids in texts], layout, len(texts))
@@ -106,10 +117,13 @@ def assert_parity(
     pad_heads: bool,
     vocab: int,
     tolerance: float,
+    precision: PrecisionConfig | None = None,
+    expected_dir: Path | None = None,
 ) -> None:
+    """`expected_dir`: transformers' weights, where they are not those of `hf_dir`."""
     world = parallel.tp * parallel.cp * parallel.pp
-    ranks = run_ranks(world, states_and_logits, hf_dir, parallel, texts, pad_heads)
-    states, logits = reference(hf_dir, texts)
+    ranks = run_ranks(world, states_and_logits, hf_dir, parallel, texts, pad_heads, precision)
+    states, logits = reference(expected_dir or hf_dir, texts)
     for layer, expected in enumerate(states, start=1):
         found = torch.full_like(expected, torch.nan)
         holders = [rank["states"][layer] for rank in ranks if layer in rank["states"]]
