@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from checkpoints_conversion.commands import app as convert_app
+from oprd_megatron.benchmarks.commands import app as benchmark_app
 from oprd_megatron.bridge.commands import app as bridge_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
 from oprd_megatron.errors import ConfigError
@@ -32,6 +33,7 @@ A mistake of yours prints one line (what, where, what to do) and exits with code
 )
 
 app.add_typer(convert_app, name="convert")
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(bridge_app, name="bridge")
 app.add_typer(rollout_app, name="rollout")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from oprd_megatron.benchmarks.in_loop import InLoop
 from oprd_megatron.bridge.health import Health
 from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint, save_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
@@ -61,6 +62,10 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     if is_finished(config):
         show_result(config)
         return
+    benchmark = None  # its files are read before models load
+    if config.benchmark is not None:
+        longest, vocab_size = config.rollout.max_response_tokens, checked.student_vocab_size
+        benchmark = InLoop(config.benchmark, checked.tokenizer, longest, vocab_size)
     make_engine = prepare_engine(checked.writer, checked.student_layout, platform)
     teachers, student = build_all(checked, platform)
     held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
@@ -79,6 +84,8 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
         record = held_out.record(0, trainer.engine, samples=shows)
         log(logger, record)
         warnings(health, record)  # what later ones are held against
+    if benchmark and checked.resume_from is None:
+        log(logger, benchmark.record(0, trainer.engine))
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
         record = trainer.step(step)
@@ -92,6 +99,8 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
             log(logger, record)
             for line in warnings(health, record):
                 messages.warning(line)
+        if benchmark and benchmark.due(progress.step, config.run.steps):
+            log(logger, benchmark.record(progress.step, trainer.engine))
         reason = stopping.reason() if progress.step < last else None
         if progress.step == last or reason:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
+from oprd_megatron.config.benchmark import BenchmarkConfig
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
 from oprd_megatron.config.output import OutputConfig
 from oprd_megatron.config.precision import PrecisionConfig, check_roles
@@ -270,6 +271,8 @@ class RunConfig(Strict):
     """What is kept."""
     eval: EvalConfig | None = None
     """Held-out evaluation; left out, there is none."""
+    benchmark: BenchmarkConfig | None = None
+    """Problems with known answers, asked while training; left out, there are none. Needs oprd-megatron[eval]."""
     logging: LoggingConfig = LoggingConfig()
     """What is written down."""
 
@@ -300,6 +303,10 @@ class RunConfig(Strict):
             raise ValueError(
                 f"output.terms: {self.output.terms[0].label} needs one vocabulary, but distill.cross_tokenizer is true; leave "
                 "the terms out"
+            )
+        if self.benchmark is not None and self.rollout.engine == "file":
+            raise ValueError(
+                "benchmark: recorded text has no answers to its problems; leave it out, or use another rollout.engine"
             )
         if self.rollout.schedule == "overlap":
             self._check_overlap()

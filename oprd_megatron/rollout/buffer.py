@@ -56,6 +56,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "teachers": {"__all__": {"parallel"}},
     "checkpoint": True,
     "eval": True,
+    "benchmark": True,
     "logging": True,
 }
 """Settings that change neither weights nor text but for rounding; a run may be resumed with others."""

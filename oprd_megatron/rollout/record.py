@@ -52,13 +52,13 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
     student = Student(config, hf_dir, architecture, tokenizer, longest)
     with contextlib.ExitStack() as stack:
         if engine is None:
-            engine = _make_engine(student)
+            engine = make_engine(student)
             stack.callback(engine.close)
-            engine.update_weights(0, _tensors(hf_dir, architecture))
+            engine.update_weights(0, tensors_of(hf_dir, architecture))
         return _write(student, OnPolicy(config, prompts, engine, vocab_size), engine, out, steps)
 
 
-def _make_engine(student: Student) -> RolloutEngine:
+def make_engine(student: Student) -> RolloutEngine:
     """The run's engine in this process alone, without weights yet."""
     config, kind = student.config, student.config.rollout.engine
     if kind == "file":
@@ -86,7 +86,7 @@ def _write(student: Student, text: OnPolicy, engine: RolloutEngine, out: Path, s
     return writer.count
 
 
-def _tensors(hf_dir: Path, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of(hf_dir: Path, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     with HFReader(hf_dir) as reader:
         for mapping in mappings_for(architecture).values():
             for name, shape in mapping.hf_shapes.items() if mapping.exported else ():

@@ -1,0 +1,1 @@
+"""Grading a student on problems with known answers: asking, reading answers, measures, comparisons."""
