@@ -170,7 +170,7 @@ def draw(found: dict[str, Noise], losses: list[float], out: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.use("Agg")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     colors = {"weights and inputs": ORANGE, "weights": BLUE, "weight_only": GREEN, "bf16": GRAY}
     styles = {"tensor": "-", "row": "--", "block": "-.", "block 128 x 128": "-.", "worst 8 kept": "--"}
     for name, noise in found.items():
@@ -184,11 +184,12 @@ def draw(found: dict[str, Noise], losses: list[float], out: Path) -> None:
     right.axhline(LIMIT, color="black", linewidth=0.8)
     left.set(title="relative error of the state", xlabel="teacher layer", yscale="log")
     right.set(title="noise over the student's distance", xlabel="student layer", yscale="log")
-    right.text(1, LIMIT * 1.08, "a tenth: `oprd doctor --precision` warns", fontsize=7)
+    right.annotate("above a tenth the doctor warns", (1, LIMIT), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                   fontsize=7)  # fmt: skip
     for axis in (left, right):
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
-    left.legend(fontsize=6, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     figure.savefig(out, dpi=130)
 
 
