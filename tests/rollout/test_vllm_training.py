@@ -15,7 +15,16 @@ from oprd_megatron.rollout.vllm.processes import ServerProcess
 from tests.ranks import run_ranks
 from tests.rollout.vllm_server import running_server
 from tests.tiny_models import tiny_hf_model
-from tests.training.runs import changed, student_tensors, tiny_run, train_on_rank, train_records, train_run, with_layout
+from tests.training.runs import (
+    changed,
+    student_tensors,
+    tiny_run,
+    tiny_values,
+    train_on_rank,
+    train_records,
+    train_run,
+    with_layout,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -42,25 +51,9 @@ def server(folder: Path) -> Iterator[ServerProcess]:
 
 def run_of(folder: Path, name: str, **rollout: Any) -> dict[str, Any]:
     """A run of three greedy steps in a directory of its own."""
-    values = tiny_run_values(folder, name)
-    return changed(values, rollout={"temperature": 0.0, "mismatch": {"every": 1}, **rollout})
-
-
-def tiny_run_values(folder: Path, name: str) -> dict[str, Any]:
-    """`tiny_run` without making models and files again."""
-    return {
-        "run": {"dir": str(folder / name), "steps": 3, "micro_batch_size": 2, "device": "cpu", "seed": 5},
-        "teacher": {"path": str(folder / "teacher"), "dtype": "fp32"},
-        "student": {"path": str(folder / "student"), "dtype": "fp32"},
-        "rollout": {
-            "prompts": {"path": str(folder / "train.jsonl")},
-            "prompts_per_step": 4,
-            "responses_per_prompt": 2,
-            "max_response_tokens": 24,
-        },
-        "optimizer": {"lr": 1e-3, "warmup_fraction": 0.2, "eps": 1e-6},
-        "logging": {"progress": False, "tensorboard": False},
-    }
+    values = {**tiny_values(folder), "eval": None}
+    greedy = {"temperature": 0.0, "max_response_tokens": 24, "mismatch": {"every": 1}}
+    return changed(values, run={"dir": str(folder / name)}, rollout={**greedy, **rollout})
 
 
 def on_server(server: ServerProcess, **rollout: Any) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def tiny_run(folder: Path, family: Family = "llama") -> dict[str, Any]:
     for name, first in (("train", 0), ("held_out", 50)):
         lines = [json.dumps({"prompt": f"say {number}"}) for number in range(first, first + 12)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tiny_values(folder)
+
+
+def tiny_values(folder: Path) -> dict[str, Any]:
+    """`tiny_run` where models and files are there."""
     return {
         "run": {"dir": str(folder / "run"), "steps": 3, "micro_batch_size": 2, "device": "cpu", "seed": 5},
         "teacher": {"path": str(folder / "teacher"), "dtype": "fp32"},
