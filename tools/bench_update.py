@@ -63,6 +63,7 @@ def main(
     tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Head and embedding share their weight.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16, of both models.")] = None,
     optimizer: Annotated[bool | None, typer.Option(help=OPTIMIZER_HELP)] = None,
+    recompute: Annotated[str | None, typer.Option(help="Of the student's activations: none, selective or full.")] = None,
     terms: Annotated[str | None, typer.Option(help="Losses of opd and dense, with commas: topk,sampled,full.")] = None,
     rollouts: Annotated[Path | None, typer.Option(help=ROLLOUTS_HELP)] = None,
     sweeps: Annotated[bool, typer.Option(help="Also vary length, width and vocabulary.")] = True,
@@ -83,6 +84,7 @@ def main(
         given = {
             "layers": layers, "width": width, "vocab": vocab, "response": response_tokens, "responses": responses, "k": k,
             "tied": tied, "dtype": dtype, "optimizer": optimizer, "rollouts": rollouts, "rounds": rounds, "device": device,
+            "recompute": recompute,
             "terms": tuple(terms.split(",")) if terms is not None else None,
         }  # fmt: skip
         cases = choose(shape, {name: value for name, value in given.items() if value is not None}, sweeps)
@@ -97,9 +99,10 @@ def choose(shape: str, given: dict[str, Any], sweeps: bool) -> list[Case]:
     Raises:
         UserError: an option has a value that there is not, or a case cannot work here.
     """
-    allowed_of = {"shape": tuple(SHAPES), "dtype": ("fp32", "bf16"), "device": ("auto", "cpu", "cuda")}
+    allowed_of = {"shape": tuple(SHAPES), "dtype": ("fp32", "bf16"), "device": ("auto", "cpu", "cuda"),
+                  "recompute": ("none", "selective", "full")}  # fmt: skip
     for option, allowed in allowed_of.items():
-        if (value := {"shape": shape, "dtype": "fp32", **given}[option]) not in allowed:
+        if (value := {"shape": shape, "dtype": "fp32", "recompute": "none", **given}[option]) not in allowed:
             raise UserError(f"--{option} {value}: choose of {', '.join(allowed)}")
     headline = replace(SHAPES[shape], **given)
     cases = [headline, *(sweep(shape, headline) if sweeps and "rollouts" not in given else [])]

@@ -50,7 +50,7 @@ def _bench(settings: Settings, terms: str, rounds: int, judged: bool) -> Iterato
     out = settings.out / ("bench" if judged else "bench_other_terms")
     command = [
         sys.executable, str(CHECKOUT / "tools" / "bench_update.py"), *shape, "--terms", terms, "--rounds", str(rounds),
-        "--device", settings.device, "--no-sweeps", "--out", str(out),
+        "--device", settings.device, "--no-sweeps", "--recompute", "selective", "--out", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, check=False)
     if done.returncode:

@@ -1,8 +1,9 @@
 """What FP8 saves and loses at the shapes of a 7B model: memory, speed, error.
 
-Until the product's own FP8 teacher is measured here, these are the GEMMs of one layer: by torch alone (`torch._scaled_mm`,
-weights kept in e4m3 with one scale a tensor) and by Transformer Engine's `te.Linear` where it is installed. The bars are the
-teacher's. They are necessary for it, not sufficient: attention, norms and the embedding stay in bf16.
+First the GEMMs of one layer: by torch alone (`torch._scaled_mm`, weights kept in e4m3 with one scale a tensor) and by
+Transformer Engine's `te.Linear` where it is installed. The bars are the teacher's; for it they are necessary, not sufficient:
+attention, norms and the embedding stay in bf16. Then the teacher itself (`fp8_teacher`), its weights alone in fp8, and with
+Transformer Engine.
 
 Legend: M tokens, D width, F width of the MLP.
 """
@@ -17,23 +18,21 @@ import torch
 
 from .env import measure
 from .findings import Finding, at_least, at_most
+from .fp8_teacher import teacher_figures, worst_error
 from .settings import Settings, has_transformer_engine
 
 SHAPES = {"qkv": (3584, 4608), "proj": (3584, 3584), "fc1": (3584, 37888), "fc2": (18944, 3584)}
 """(in, out) of a Qwen2-7B layer's matrices; fc1 is gate and up in one."""
 SMALL_SHAPES = {"qkv": (256, 384), "proj": (256, 256), "fc1": (256, 1024), "fc2": (512, 256)}
 E4M3_MAX = 448.0
-SPEED_BAR, MEMORY_BAR, ERROR_BAR = 1.3, 0.55, 0.06
+SPEED_BAR, MEMORY_BAR, ERROR_BAR, STATE_BAR = 1.3, 0.55, 0.06, 0.2
 CAPABILITY = (8, 9)
 
 Work = Callable[[], torch.Tensor]
 
 
-def fp8_teacher_figures(device: str, kind: Literal["torch", "te"] = "torch") -> dict[str, Any]:
+def gemm_figures(device: str, kind: Literal["torch", "te"] = "torch") -> dict[str, Any]:
     """Memory, seconds and relative errors of one 7B-like layer's GEMMs in FP8, against bf16.
-
-    The product's FP8 teacher is not in here yet: this measures what torch alone and te.Linear can. Once it is in the project,
-    its memory, speed and noise are to be measured by this function.
 
     Args:
         device: cuda, or cpu for small shapes without seconds.
@@ -113,16 +112,35 @@ def torch_alone(settings: Settings) -> Iterator[Finding]:
 
 
 def engine(settings: Settings) -> Iterator[Finding]:
-    """Transformer Engine's layer; and what is not measured yet."""
+    """Transformer Engine's layer."""
     if settings.is_cuda and has_transformer_engine() and torch.cuda.get_device_capability() >= CAPABILITY:
         yield from _held_against_bars("te", settings)
     else:
         yield Finding("te.Linear", "skip", "needs Transformer Engine and a GPU of compute capability 8.9 or more")
-    yield Finding("FP8 teacher", "skip", "the whole teacher is not measured here yet; the lines above are single GEMMs")
+
+
+def teacher(settings: Settings) -> Iterator[Finding]:
+    """The project's teacher against itself in bf16."""
+    plain = teacher_figures(settings, "dtype")
+    for linear in ("weight_only", "fp8"):
+        if linear == "fp8" and not (
+            settings.is_cuda and has_transformer_engine() and torch.cuda.get_device_capability() >= (9, 0)
+        ):
+            yield Finding("fp8 teacher", "skip", "needs Transformer Engine and a GPU of compute capability 9.0 or more")
+            continue
+        found = teacher_figures(settings, linear)
+        ratio, note = found.num_bytes / plain.num_bytes, f"of {plain.num_bytes / 2**20:.3g} MiB"
+        yield at_most(f"{linear} teacher, bytes of bf16", ratio, MEMORY_BAR, note)
+        yield at_most(f"{linear} teacher, error of states", worst_error(found, plain), STATE_BAR, "worst layer")
+        speed, times = plain.seconds / found.seconds, f"({plain.seconds * 1e3:.3g} and {found.seconds * 1e3:.3g} ms)"
+        if linear == "fp8":
+            yield at_least("fp8 teacher, speed of bf16", speed, SPEED_BAR, times)
+        else:
+            yield Finding("weight_only teacher, speed of bf16", "pass", f"{speed:.3g} {times}")
 
 
 def _held_against_bars(kind: Literal["torch", "te"], settings: Settings) -> Iterator[Finding]:
-    found = fp8_teacher_figures(settings.device, kind)
+    found = gemm_figures(settings.device, kind)
     (settings.out / f"fp8_{kind}.json").write_text(json.dumps(found, indent=1) + "\n")
     kept, errors, seconds = found["bytes"], found["errors"], found["seconds"]
     mib = f"of {kept['bf16'] / 2**20:.0f} MiB a layer"
@@ -140,4 +158,4 @@ def _held_against_bars(kind: Literal["torch", "te"], settings: Settings) -> Iter
     )
 
 
-CHECKS = [torch_alone, engine]
+CHECKS = [torch_alone, engine, teacher]

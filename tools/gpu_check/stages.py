@@ -38,7 +38,7 @@ def all_stages() -> list[Stage]:
         Stage("env"),
         Stage("parity", project),
         Stage("train", project),
-        Stage("fp8"),
+        Stage("fp8", project),
         Stage("vllm", project, wants=("vllm",)),
         Stage("bench", project),
     ]

@@ -24,6 +24,7 @@ class Case:
         response, prompt: tokens of each of `responses` random rollouts, if there are no recorded ones in `rollouts`.
         k: OPRD supervises the last k response positions.
         terms: the losses of the opd and dense arms.
+        recompute: activation recomputation of the student (mcore's term).
     """
 
     varies: str = "headline"
@@ -37,6 +38,7 @@ class Case:
     tied: bool = True
     dtype: Literal["fp32", "bf16"] = "fp32"
     optimizer: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
     terms: tuple[str, ...] = ("topk",)
     rounds: int = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from checkpoints_conversion import read_architecture
-from oprd_megatron.config.schema import OptimizerConfig, ParallelConfig
+from oprd_megatron.config.schema import OptimizerConfig, ParallelConfig, RecomputeConfig
 from oprd_megatron.models import DTYPES, build_model
 from oprd_megatron.optimizer import build_optimizer
 from oprd_megatron.parallel import resolve_layout
@@ -44,7 +44,18 @@ def open_bench(case: Case, folder: Path) -> Bench:
         with platform.scope():
             grid = build_grid(layout)
             init_mcore_globals(0, 0)
-        models.append(build_model(architecture, grid, platform, dtype=DTYPES[case.dtype], hf_dir=folder, frozen=frozen))
+        recompute = None if frozen else RecomputeConfig(granularity=case.recompute)
+        models.append(
+            build_model(
+                architecture,
+                grid,
+                platform,
+                dtype=DTYPES[case.dtype],
+                hf_dir=folder,
+                frozen=frozen,
+                recompute=recompute,
+            )
+        )
     teacher, student = models
     torch.manual_seed(1)
     for parameter in teacher.chunks[0].parameters():
