@@ -63,4 +63,6 @@ def _type(annotation: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and "\n" in value:
+        return repr(value)
     return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)

@@ -41,6 +41,8 @@ def answer(request: Request, version: int, step: int = STEP) -> Rollout:
 class AllAtOnce:
     """An engine without `start`. `asked` has the sample indices of each call."""
 
+    replica: int | None = None
+
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
         self.version = -1

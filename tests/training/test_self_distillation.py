@@ -53,15 +53,15 @@ def test_response_tokens_are_matched_by_index(tmp_path: Path, values: Values) ->
     for layout in ({}, {"teacher": {"ranks": "0-0"}, "student": {"ranks": "1-2", "tp": 2, "sp": True}}):
         folder = tmp_path / f"run{len(layout)}"
         record = train_records(train_run(with_layout(changed(run, run={"dir": str(folder)}), **layout)))[0]
-        assert record["terms"]["full"] == pytest.approx(expected_kl(run, tmp_path), rel=1e-5)
+        assert record["terms"]["full"] == pytest.approx(expected_kl(run, folder), rel=1e-5)
 
 
-def expected_kl(run: Values, tmp_path: Path) -> float:
+def expected_kl(run: Values, folder: Path) -> float:
     """Of the first step's rollouts, which `oprd rollout` writes."""
     from oprd_megatron.rollout.record import record_rollouts
 
     config = parse_config(run, "test")
-    out = tmp_path / "rollouts.jsonl"
+    out = folder / "rollouts.jsonl"
     record_rollouts(config, config.student.path, out, steps=1)
     theirs = {p.token_ids: p.teacher_ids for p in preflight(config, 1, starts_run=False).prompts}
     model = AutoModelForCausalLM.from_pretrained(config.student.path, dtype=torch.float32)
