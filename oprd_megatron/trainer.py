@@ -5,13 +5,11 @@ rollouts -> plan -> teacher states -> exchange -> student loss and gradient -> o
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,18 +17,18 @@ import torch.distributed as dist
 from checkpoints_conversion.live.export import export_hf
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
-from oprd_megatron.errors import TrainingDiverged
+from oprd_megatron.divergence import stop_on_bad_gradient, stop_on_bad_loss
 from oprd_megatron.lesson import Lesson, Outcome, Share, Totals, learn, plan_shares, whole_step
 from oprd_megatron.models import DTYPES, Model
 from oprd_megatron.objectives.output_loss import OutputLoss
 from oprd_megatron.optimizer import StudentOptimizer, build_optimizer
 from oprd_megatron.parallel.agreement import together
+from oprd_megatron.phases import Phases
 from oprd_megatron.placing import PlacedTeacher
 from oprd_megatron.platform import Platform
 from oprd_megatron.preflight import Checked
 from oprd_megatron.representation.alignment import Alignment
 from oprd_megatron.representation.batch import Sample
-from oprd_megatron.representation.loss import ALIGNMENT_FIELDS
 from oprd_megatron.representation.space import LowRank
 from oprd_megatron.rollout import Rollout, RolloutEngine
 from oprd_megatron.rollout.buffer import FOLDER, BufferedEngine, run_fingerprint
@@ -49,32 +47,6 @@ from oprd_megatron.rollout.probe import (
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.step_text import Curator, StepText
 from oprd_megatron.rollout.weight_sync import sync_weights
-
-T = TypeVar("T")
-
-
-@dataclass
-class Phases:
-    """Seconds spent in each phase of a step, on this rank."""
-
-    platform: Platform
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.platform.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def of_each(self, name: str, items: Iterator[T]) -> Iterator[T]:
-        """The items, with the time that it takes to get each."""
-        while True:
-            with self(name):
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
 
 
 @dataclass
@@ -163,7 +135,7 @@ class Trainer:
             grad_norm, lr = self.update()
             if self.average is not None:
                 self.average.update()
-        _stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
+        stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
         totals, report = Totals.of(outcomes, weights), outcomes[0].report
         aligned = {lesson.alignment.coefficient for lesson in self.lessons if lesson.alignment.pairs}
@@ -293,7 +265,7 @@ class Trainer:
         for number, share in enumerate(shares):
             last = finalize and number + 1 == len(shares)
             outcomes.append(learn(share, weights, self.optimizer, phase, finalize=last))
-            _stop_on_bad_loss(step + 1, outcomes[-1], f"teacher {share.lesson.name}, " if self.config.teachers else "")
+            stop_on_bad_loss(step + 1, outcomes[-1], f"teacher {share.lesson.name}, " if self.config.teachers else "")
         return outcomes
 
     def gradient_norms(self, step: int, shares: Sequence[Share], weights: Mapping[str, float]) -> dict[str, float]:
@@ -390,32 +362,3 @@ def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool)
                 is_writer=dist.get_rank() == grid.layout.first_rank,
                 overwrite=overwrite,
             )
-
-
-def _stop_on_bad_loss(step: int, outcome: Outcome, whose: str) -> None:
-    """Before the update: name the term, or the rank and layer, of a loss that is not finite; `whose` goes before it."""
-    for name, value in outcome.terms.items():
-        if not math.isfinite(value):
-            _stop(step, "loss", f"{whose}output term {name}")
-    if math.isfinite(outcome.report.loss):
-        return
-    field = ALIGNMENT_FIELDS.index("loss")
-    bad = [layer for layer, value in sorted(outcome.sums.items()) if not value[field].isfinite()]
-    _stop(step, "loss", f"{whose}student layer {bad[0]}" if bad else None)
-
-
-def _stop_on_bad_gradient(step: int, grad_norm: float, optimizer: StudentOptimizer | None) -> None:
-    """After the update, which is not saved: name the rank, layer and parameter of a gradient that is not finite."""
-    if not math.isfinite(grad_norm):
-        _stop(step, "gradient", optimizer.first_bad_gradient() if optimizer else None)
-
-
-def _stop(step: int, what: str, here: str | None) -> None:
-    """Raise on every rank with the first rank that found something. Collective."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, here)
-    rank = next((rank for rank, place in enumerate(found) if place), 0)
-    raise TrainingDiverged(
-        f"step {step}: the {what} is not finite (rank {rank}, {found[rank] or 'place unknown'}); the last checkpoint is "
-        "kept: lower optimizer.lr or look at the prompts of this step, then start again to resume from it"
-    )

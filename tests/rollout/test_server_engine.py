@@ -39,9 +39,6 @@ class CountingSender:
                 server.post("/stub", {"version": str(version)}, 5)
         return SyncReport(version, failed, 0, {})
 
-    def differing(self, server: Server) -> list[str]:
-        return [f"weight of {server.url}"]
-
     def close(self) -> None:
         self.closed = True
 
@@ -212,11 +209,6 @@ def test_checksums(engine: ServerEngine, stubs: list[StubServer]) -> None:
     assert engine.checksums() == {}
     stubs[1].say(held=[{"version": 1, "crc32": {"a": 7}}, {"version": 1, "crc32": {"a": 8}}])
     assert engine.checksums() == {f"{stubs[1].url} worker 0": {"a": 7}, f"{stubs[1].url} worker 1": {"a": 8}}
-
-
-def test_differing_weights(engine: ServerEngine, stubs: list[StubServer]) -> None:
-    engine.update_weights(1, no_tensors())
-    assert engine.differing_weights() == {stub.url: [f"weight of {stub.url}"] for stub in stubs}
 
 
 def test_close(stubs: list[StubServer], sender: CountingSender) -> None:

@@ -213,17 +213,24 @@ def test_another_trainer_can_update_after_one_that_was_killed(
     assert http.greedy(PROMPTS[0], 24) == expected
 
 
-def test_engine_names_the_tensors_that_differ(
+def test_the_engine_tells_checksums_of_what_it_has(
     server: ServerProcess, folder: TransferFolder, original: dict[str, torch.Tensor]
 ) -> None:
-    """Checksums of what the engine received last, against what the trainer sent last."""
+    """Those that were sent; after a sync of another tensor, only that one differs."""
     http = Http(server.url)
     sender = BucketSender([http], folder, BUCKET_BYTES, SECONDS)
     assert sender.send(12, iter(original.items())).failed == {}
-    assert sender.differing(http) == []
+    sent = {entry.name: entry.crc32 for entry in sender.manifest}
+    assert held(http) == sent
     weight = "model.layers.5.mlp.down_proj.weight"
     assert sync(http, folder, 13, original | {weight: original[weight] + 1e-3}).failed == {}
-    assert sender.differing(http) == [weight]
+    assert {name for name, crc32 in held(http).items() if crc32 != sent[name]} == {weight}
+
+
+def held(http: Http) -> dict[str, int]:
+    """{tensor: checksum} of the server's only worker."""
+    (worker,) = http.post("/collective_rpc", {"method": "held_weights"}, SECONDS)["results"]
+    return worker["crc32"]
 
 
 def test_two_buckets_exist_during_an_update(

@@ -92,10 +92,6 @@ class NCCLSender:
             for _ in tensors:
                 pass
 
-    def differing(self, server: Server) -> list[str]:
-        """Nothing: no checksums travel with the weights, so no tensor can be named."""
-        return []
-
     def close(self) -> None:
         """Leave the group."""
         self._engine.shutdown()

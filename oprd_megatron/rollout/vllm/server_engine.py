@@ -33,10 +33,6 @@ class WeightSender(Protocol):
         """One update of all servers."""
         ...
 
-    def differing(self, server: Server) -> list[str]:
-        """Names of the last update's tensors that a server does not hold."""
-        ...
-
     def close(self) -> None:
         """Free what updates need."""
         ...
@@ -147,10 +143,6 @@ class ServerEngine:
             for number, held in enumerate(reply["results"]):
                 found[f"{client.url} worker {number}"] = held["crc32"]
         return found
-
-    def differing_weights(self) -> dict[str, list[str]]:
-        """Names of tensors whose checksum at a server is not that of what was sent last, by url of the servers in use."""
-        return {client.url: self._sender.differing(client) for client in self.fleet.alive}
 
     def close(self) -> None:
         """Stop what is being written, and the servers that this process started."""

@@ -131,17 +131,6 @@ class BucketSender:
             for path in self.folder.path.glob("*.safetensors*"):
                 path.unlink(missing_ok=True)
 
-    def differing(self, server: Server) -> list[str]:
-        """Names of the last update's tensors that the server does not hold with the same checksum, on any of its workers.
-
-        Raises:
-            UserError: the server does not say.
-        """
-        sent = {entry.name: entry.crc32 for entry in self.manifest}
-        held = server.post("/collective_rpc", {"method": "held_weights"}, self.seconds)["results"]
-        different = {name for worker in held for name in sent if worker["crc32"].get(name) != sent[name]}
-        return [name for name in sent if name in different]
-
     def close(self) -> None:
         """Remove the folder."""
         self.folder.close()
