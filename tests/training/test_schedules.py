@@ -80,7 +80,7 @@ def scheduled(values: dict[str, Any], schedule: str, **rollout: Any) -> dict[str
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
     found = tiny_run(tmp_path)
-    found["rollout"]["temperature"] = 1.5  # so that lengths differ
+    found["rollout"] |= {"temperature": 1.5, "stop": ["a", "e", "o"]}  # so that lengths differ
     return found
 
 
@@ -159,7 +159,6 @@ def two_steps(values: dict[str, Any], engine: type[HFEngine]) -> None:
 def test_masked_responses_count_in_the_mean(values: dict[str, Any], schedule: str) -> None:
     """A truncated response that is masked teaches nothing, and its tokens make the step smaller; dropped, they do not. Both
     schedules agree."""
-    values["rollout"]["stop"] = ["a", "e", "o"]  # some responses end by themselves
     values["optimizer"]["clip_grad"] = 0.0
     how = {
         what: run_ranks(1, steps, scheduled(values, schedule, truncated=what, overlap_tokens=6), 1)[0]["records"][0]
