@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Distils a real model on this machine's CPU, from nothing: environment, models, training, report.
 #
-#   bash tools/quickstart.sh [--layout pp2|tp2|tp2pp2|single]
+#   bash tools/quickstart.sh [--layout pp2|tp2|tp2pp2|single] [--prepare]
+#
+# --prepare makes the environment and the models, and does not train.
 #
 # Teacher: SmolLM2-135M-Instruct. Student: the same model without 6 of its 30 layers. About 30 steps of OPRD on real
 # megatron-core ranks over gloo. What is there already (environment, models, a finished or interrupted run) is reused.
@@ -9,14 +11,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-layout=pp2
+layout=pp2 train=true
 while (($#)); do
     case "$1" in
         --layout) layout="${2:-}"; shift 2 || true ;;
         --layout=*) layout="${1#*=}"; shift ;;
+        --prepare) train=false; shift ;;
         -h | --help) usage; exit 0 ;;
         *) echo "quickstart: unknown argument $1; try --help" >&2; exit 2 ;;
     esac
@@ -40,6 +43,10 @@ if [[ ! -d "$teacher" ]]; then
 fi
 if [[ ! -d "$student" ]]; then
     "$PYTHON" tools/drop_layers.py "$teacher" "$student" --drop 10,13,16,19,22,25
+fi
+if ! $train; then
+    echo "ready: $teacher, $student and .venv"
+    exit
 fi
 overrides=(run.dir="runs/quickstart-$layout")
 for model in teacher student; do
