@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from checkpoints_conversion.commands import app as convert_app
-from oprd_megatron.benchmarks.commands import app as benchmark_app
 from oprd_megatron.bridge.commands import app as bridge_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
 from oprd_megatron.errors import ConfigError
+from oprd_megatron.eval_commands import app as eval_app
 from oprd_megatron.rollout_commands import app as rollout_app
 
 app = typer.Typer(
@@ -33,7 +32,7 @@ A mistake of yours prints one line (what, where, what to do) and exits with code
 )
 
 app.add_typer(convert_app, name="convert")
-app.add_typer(benchmark_app, name="benchmark")
+app.add_typer(eval_app, name="eval")
 app.add_typer(bridge_app, name="bridge")
 app.add_typer(rollout_app, name="rollout")
 
@@ -62,44 +61,6 @@ def train(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> N
 
     run = load_config(config, overrides or [])
     raise typer.Exit(launch("oprd_megatron.train", [str(config), *(overrides or [])], nproc or default_num_ranks(run)))
-
-
-@app.command("eval")
-def evaluate(
-    config: Config,
-    overrides: Overrides = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Student to score: a checkpoint (iter_..), a run directory, or a Hugging Face directory."),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures as json.")] = None,
-    nproc: Ranks = None,
-) -> None:
-    """Score a student on held-out prompts: KL(teacher || student), cross-entropy and cosine per layer.
-
-    Without --weights the student of the config is scored as it is, untrained.
-
-    Example: `oprd eval examples/quickstart.yaml --weights runs/quickstart`
-    """
-    from oprd_megatron.config import load_config
-    from oprd_megatron.evaluation.comparison import eval_table
-    from oprd_megatron.launch import default_num_ranks, launch
-
-    run = load_config(config, overrides or [])
-    refuse_existing(out)
-    arguments, settings = _student_weights(weights)
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "eval.json")
-        ranks = nproc or default_num_ranks(run)
-        code = launch(
-            "oprd_megatron.evaluate", [str(config), str(result), *arguments, "--", *(overrides or []), *settings], ranks
-        )
-        if code:
-            raise typer.Exit(code)
-        record = json.loads(result.read_text())
-    typer.echo(eval_table(record))
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1))
 
 
 @app.command()
@@ -211,24 +172,6 @@ def show_config(
     from oprd_megatron.config.describe import describe_config
 
     typer.echo(describe_config() if config is None else dump_config(load_config(config, overrides or [])))
-
-
-def _student_weights(path: Path | None) -> tuple[list[str], list[str]]:
-    """(checkpoint argument, config overrides) that make a rank take the student's weights from `path`."""
-    from oprd_megatron.errors import CheckpointError
-
-    if path is None:
-        return [], []
-    if (path / "config.json").is_file():
-        return [], [f"student.path={path}"]
-    from oprd_megatron.checkpoint import find_checkpoint
-
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{path}: neither a Hugging Face directory, a checkpoint (iter_..) nor a run that has one"
-        )
-    return [str(checkpoint)], []
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints_conversion.convert.megatron_to_hf import export_megatron
@@ -11,6 +14,8 @@ from oprd_megatron.checkpoint import find_checkpoint
 from oprd_megatron.config import load_config
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.run_directory import CONFIG_FILE
+
+HF_CONFIG = "config.json"
 
 
 def export_checkpoint(path: Path, out: Path) -> Summary:
@@ -24,3 +29,39 @@ def export_checkpoint(path: Path, out: Path) -> Summary:
         raise CheckpointError(f"{path}: no checkpoint here; give a run directory that has one, or an iter_.. directory")
     config = load_config(checkpoint.parent.parent / CONFIG_FILE)
     return export_megatron(checkpoint, out, Options(), Progress(), like=config.student.path)
+
+
+def checkpoint_of(weights: Path) -> Path | None:
+    """The checkpoint that `--weights` names, a run directory's newest; None if it names a Hugging Face directory.
+
+    Raises:
+        CheckpointError: neither is there.
+    """
+    if (weights / HF_CONFIG).is_file():
+        return None
+    checkpoint = find_checkpoint(weights)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{weights}: neither a Hugging Face directory, a checkpoint (iter_..) nor a run that has one"
+        )
+    return checkpoint
+
+
+@contextlib.contextmanager
+def hf_directory(weights: Path) -> Iterator[Path]:
+    """A Hugging Face directory of what `--weights` names: itself, or one made of a checkpoint for as long as the block lasts,
+    beside the checkpoint.
+
+    Raises:
+        CheckpointError: see `checkpoint_of`, `export_checkpoint`.
+    """
+    checkpoint = checkpoint_of(weights)
+    if checkpoint is None:
+        yield weights
+        return
+    with tempfile.TemporaryDirectory(prefix=".student_hf-", dir=checkpoint.parent.parent) as folder:
+        student = Path(
+            folder, load_config(checkpoint.parent.parent / CONFIG_FILE).student.path.name
+        )  # servers go by it
+        export_checkpoint(checkpoint, student)
+        yield student

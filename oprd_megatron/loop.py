@@ -62,11 +62,13 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     if is_finished(config):
         show_result(config)
         return
-    benchmark = None  # its files are read before models load
-    if config.benchmark is not None:
-        longest, vocab_size = config.rollout.max_response_tokens, checked.student_vocab_size
-        benchmark = InLoop(config.benchmark, checked.tokenizer, longest, vocab_size)
-    make_engine = prepare_engine(checked.writer, checked.student_layout, platform)
+    benchmark, writer = None, checked.writer
+    if config.benchmark is not None:  # its files are read before models load
+        benchmark = InLoop(
+            config.benchmark, checked.tokenizer, config.rollout.max_response_tokens, checked.student_vocab_size
+        )
+        writer = benchmark.asked_of(writer)
+    make_engine = prepare_engine(writer, checked.student_layout, platform)
     teachers, student = build_all(checked, platform)
     held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
     trainer = Trainer(checked, teachers, student, platform, make_engine)

@@ -7,7 +7,6 @@ runs it, because every rank needs what it returns; the same input gives the same
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
-from oprd_megatron.rollout.vllm.build import Student, check_running
+from oprd_megatron.rollout.vllm.build import Student
 from oprd_megatron.run_directory import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
@@ -108,7 +107,8 @@ class Checked:
     def writer(self) -> Student:
         """The student as what writes the text."""
         longest = max((len(prompt.token_ids) for prompt in self.prompts), default=0)
-        return Student(self.config, self.config.student.path, self.student, self.tokenizer, longest)
+        context = longest + self.config.rollout.max_response_tokens
+        return Student(self.config, self.config.student.path, self.student, self.tokenizer, context)
 
     def sample_maker(self, prompts: list[Prompt]) -> SampleMaker:
         """Makes samples of the responses to these prompts."""
@@ -294,8 +294,6 @@ def _check_engine(checked: Checked, prompts: list[Prompt]) -> None:
     section = checked.config.rollout
     if section.file is not None:
         check_recorded(checked.config, section.file, checked.student_vocab_size, prompts)
-    if section.engine == "vllm_server" and section.server.urls and os.environ.get("RANK", "0") == "0":
-        check_running(replace(checked, prompts=prompts).writer)
 
 
 def _models(config: RunConfig) -> dict[str, ModelConfig]:

@@ -6,24 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from oprd_megatron.default_command import default_command
 from oprd_megatron.entry import refuse_existing
 
 WRITE = "write"
 
-
-class _WritesByItself(TyperGroup):
-    """`oprd rollout RUN.yaml ..` is `oprd rollout write RUN.yaml ..`."""
-
-    def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            args = [WRITE, *args]
-        return super().parse_args(ctx, args)
-
-
 app = typer.Typer(
-    cls=_WritesByItself,
+    cls=default_command(WRITE),
     no_args_is_help=True,
     help="""Write the student's text without training, or keep vLLM servers for runs elsewhere.
 
@@ -42,7 +32,9 @@ def write(
     config: Config,
     out: Annotated[Path, typer.Option(help="File to write: .parquet or .jsonl, a row or line for each response.")],
     overrides: Overrides = None,
-    weights: Weights = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, a run, or a Hugging Face directory; left out, student.path.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Write the rollouts of this many training steps.")] = 1,
 ) -> None:
     """Write the student's responses to a file, by the run's engine; the word `write` may be left out.
@@ -50,11 +42,13 @@ def write(
     Example: `oprd rollout examples/quickstart.yaml --out rollouts.parquet rollout.temperature=0.7`
     """
     from oprd_megatron.config import load_config
+    from oprd_megatron.exporting import hf_directory
     from oprd_megatron.rollout.record import record_rollouts
 
     refuse_existing(out)
     run = load_config(config, overrides or [])
-    count = record_rollouts(run, weights or run.student.path, out, steps)
+    with hf_directory(weights or run.student.path) as student:
+        count = record_rollouts(run, student, out, steps)
     typer.echo(f"{count} responses in {out}")
 
 

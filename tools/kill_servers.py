@@ -68,7 +68,7 @@ class Rounds:
         try:
             wait_ready(self.servers, config.server.ready_seconds)
             clients = [ServerClient(server.url, vocabulary) for server in self.servers]
-            check_servers(clients, config, model_dir, tokenizer, max(map(len, ids)))
+            check_servers(clients, model_dir, tokenizer, max(map(len, ids)) + config.max_response_tokens)
             sender = BucketSender(clients, TransferFolder(SHARED_MEMORY), config.server.bucket_bytes, 300)
             self.engine = ServerEngine(clients, config, sender)
         except BaseException:

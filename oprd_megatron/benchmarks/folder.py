@@ -78,7 +78,7 @@ def read_folder(folder: Path) -> Finished:
     """
     for name in (SUMMARY_FILE, PROBLEMS_FILE):
         if not (folder / name).is_file():
-            raise DataError(f"{folder}: no {name}; give a folder of `oprd benchmark run` that has come to its end")
+            raise DataError(f"{folder}: no {name}; give a folder of `oprd eval run` that has come to its end")
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_text())
         with (folder / PROBLEMS_FILE).open(newline="") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -13,9 +14,11 @@ from oprd_megatron.benchmarks.problems import Problem
 from oprd_megatron.benchmarks.results import MEASURES, Response, grade_all, summarise_each
 from oprd_megatron.benchmarks.run import load_benchmark, make_prompts, sampling
 from oprd_megatron.config.benchmark import BenchmarkConfig
+from oprd_megatron.errors import ConfigError
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.rollout.collect import collect_rollouts
 from oprd_megatron.rollout.engine import RolloutEngine
+from oprd_megatron.rollout.vllm.build import Student
 
 
 class InLoop:
@@ -53,9 +56,23 @@ class InLoop:
         self.params = sampling(settings, max_response_tokens, vocab_size)
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest question; an engine's context has to hold it and the longest response."""
-        return max(len(prompt.token_ids) for prompt in self.prompts)
+    def context(self) -> int:
+        """Tokens of the longest question with its response, which engine and student have to hold."""
+        return max(len(prompt.token_ids) for prompt in self.prompts) + self.params.max_response_tokens
+
+    def asked_of(self, writer: Student) -> Student:
+        """The writer of a run with room for the problems.
+
+        Raises:
+            ConfigError: the student has not.
+        """
+        longest = writer.architecture.max_position_embeddings
+        if self.context > longest:
+            raise ConfigError(
+                f"benchmark: the longest problem with its response has {self.context} tokens, and {writer.path} a context of "
+                f"{longest}; lower benchmark.max_response_tokens, or leave that problem out"
+            )
+        return replace(writer, context=max(writer.context, self.context))
 
     def due(self, step: int, last: int) -> bool:
         """Whether to ask after `step` finished steps of a run of `last`."""

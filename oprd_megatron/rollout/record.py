@@ -49,7 +49,7 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    student = Student(config, hf_dir, architecture, tokenizer, longest)
+    student = Student(config, hf_dir, architecture, tokenizer, longest + section.max_response_tokens)
     with contextlib.ExitStack() as stack:
         if engine is None:
             engine = make_engine(student)

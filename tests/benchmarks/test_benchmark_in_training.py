@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from oprd_megatron.benchmarks.standalone import benchmark_student
+from oprd_megatron.config.benchmark import BenchmarkConfig
+from oprd_megatron.config.load import parse_config
 from tests.training.runs import changed, train_records, train_run, with_layout
 
 pytest.importorskip("math_verify")
@@ -29,3 +32,27 @@ def test_it_is_asked_before_between_and_after(tmp_path: Path, values: dict[str, 
         assert 1 <= measures["tokens"] <= 6
     losses = [[record["loss"] for record in train_records(found)] for found in (run, train_run(plain))]
     assert losses[0] == losses[1]
+
+
+def test_a_problem_that_the_student_has_no_room_for_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Before the run's directory is there."""
+    (tmp_path / "sums.json").write_text(json.dumps([{"problem": "say 1", "answer": "1"}]))
+    asked = {"files": [str(tmp_path / "sums.json")], "samples": 2, "max_response_tokens": 510}
+    with pytest.raises(AssertionError, match=r"ConfigError: .* a context of 512; lower benchmark.max_response_tokens"):
+        train_run({**values, "benchmark": asked})
+    assert not Path(values["run"]["dir"]).exists()
+
+
+def test_a_checkpoint_is_asked_like_the_student_that_the_run_exports(tmp_path: Path, values: dict[str, Any]) -> None:
+    """`--weights` takes the run, its checkpoint, or its Hugging Face directory: the same answers; nothing is left over."""
+    (tmp_path / "sums.json").write_text(json.dumps([{"problem": "say 1", "answer": "1"}]))
+    run = train_run(changed(values, optimizer={"lr": 1e-2}))
+    before = sorted(path.name for path in run.iterdir())
+    settings = BenchmarkConfig(files=[tmp_path / "sums.json"], samples=3, max_response_tokens=8)
+    found = []
+    for number, weights in enumerate((run, next(run.glob("checkpoints/iter_*3")), run / "student_hf", None)):
+        out = tmp_path / str(number)
+        benchmark_student(parse_config(values, "test"), settings, weights or Path(values["student"]["path"]), out)
+        found.append(sorted((out / "responses.jsonl").read_text().splitlines()))
+    assert found[0] == found[1] == found[2] != found[3]
+    assert sorted(path.name for path in run.iterdir()) == before

@@ -47,7 +47,7 @@ def check(url: str, student: Path) -> None:
         return {"input_ids": IDS}
 
     client = ServerClient(url, Vocabulary(VOCAB_SIZE, (EOS,)))
-    check_servers([client], CONFIG, student, tokenizer, longest_prompt=50)  # type: ignore[arg-type]
+    check_servers([client], student, tokenizer, context=150)  # type: ignore[arg-type]
 
 
 def test_server_of_the_student_passes(server: StubServer, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_server_of_the_student_passes(server: StubServer, tmp_path: Path) -> Non
     ("change", "said"),
     [
         ({"model": "/elsewhere/another"}, r"serves '/elsewhere/another', and student.path is"),
-        ({"max_model_len": 149}, r"context of 149 tokens, but .* 50 \+ 100 = 150; set rollout.vllm.max_model_len: 150"),
+        ({"max_model_len": 149}, r"context of 149 tokens, but .* has 150; set rollout.vllm.max_model_len: 150"),
         ({"tokens": [17, 4]}, "another tokenizer than .* is 2 tokens there and 3 here"),
         ({"tokens": [17, 4, 98]}, "another tokenizer"),
         ({"tokens": None}, "another tokenizer"),

@@ -36,19 +36,14 @@ class Student:
         path: Hugging Face directory.
         architecture: of the model there.
         tokenizer: from there.
-        longest_prompt: tokens.
+        context: tokens of the longest prompt with its response.
     """
 
     config: RunConfig
     path: Path
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
-    longest_prompt: int
-
-    @property
-    def context(self) -> int:
-        """Tokens of the longest prompt and response."""
-        return self.longest_prompt + self.config.rollout.max_response_tokens
+    context: int
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -60,29 +55,16 @@ class Student:
         return [ServerClient(url, self.vocabulary) for url in urls]
 
 
-def check_running(student: Student) -> None:
-    """The servers that a run names are there, and are for its student.
-
-    Raises:
-        UserError: one is not.
-    """
-    clients = student.clients(student.config.rollout.server.urls)
-    try:
-        check_servers(clients, student.config.rollout, student.path, student.tokenizer, student.longest_prompt)
-    finally:
-        for client in clients:
-            client.close()
-
-
 def start_servers(student: Student) -> list[ServerProcess]:
-    """Start the servers that a run does not name; `make_server_engine` waits for them.
+    """Start the servers that a run does not name; `make_server_engine` waits for them. Those that it names are looked at.
 
     Raises:
         ConfigError: there are too few GPUs beside those of the ranks.
-        UserError: a port is taken, or Python is missing.
+        UserError: a port is taken, Python is missing, or a named server is not there or not for this student.
     """
     config, section = student.config, student.config.rollout
     if section.server.urls:
+        _check_running(student)
         return []
     tp, first = section.vllm.tp, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there, needed = torch.cuda.device_count(), first + section.server.start * tp
@@ -122,7 +104,7 @@ def make_server_engine(student: Student, started: Sequence[ServerProcess]) -> Se
     try:
         wait_ready(started, section.server.ready_seconds)
         clients = student.clients([server.url for server in started] or section.server.urls)
-        check_servers(clients, section, student.path, student.tokenizer, student.longest_prompt)
+        check_servers(clients, student.path, student.tokenizer, student.context)
         return ServerEngine(clients, section, _sender(student, clients), started)
     except BaseException:
         for server in started:
@@ -140,6 +122,15 @@ def make_colocated(student: Student) -> ColocatedEngine:
     return ColocatedEngine(
         student.path, config.rollout, config.student.dtype, student.vocabulary, student.context, config.run.seed
     )
+
+
+def _check_running(student: Student) -> None:
+    clients = student.clients(student.config.rollout.server.urls)
+    try:
+        check_servers(clients, student.path, student.tokenizer, student.context)
+    finally:
+        for client in clients:
+            client.close()
 
 
 def _sender(student: Student, clients: Sequence[ServerClient]) -> WeightSender:

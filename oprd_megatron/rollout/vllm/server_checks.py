@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from oprd_megatron.config.rollout import RolloutConfig
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.rollout.tokenizer import PROBE
 from oprd_megatron.rollout.vllm.client import MalformedReply, RequestRefused, ServerClient, ServerError
@@ -18,10 +17,9 @@ SERVE = "start it with `oprd rollout serve`"
 
 def check_servers(
     clients: Sequence[ServerClient],
-    config: RolloutConfig,
     student_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
-    longest_prompt: int,
+    context: int,
 ) -> None:
     """Refuse servers that cannot write this student's text.
 
@@ -29,18 +27,17 @@ def check_servers(
 
     Args:
         clients: one a server.
-        config: `rollout`.
         student_dir: the student's directory. A server's model must have its name; the path before it may differ, since the
             server may be another machine.
         tokenizer: the student's.
-        longest_prompt: tokens.
+        context: tokens of the longest prompt with its response.
 
     Raises:
         UserError: one does not fit; the message names it and says in what.
     """
     for client in clients:
         _check_reachable(client)
-        _check_model(client, config, student_dir, longest_prompt)
+        _check_model(client, student_dir, context)
         _check_tokenizer(client, student_dir, tokenizer)
         _check_options(client)
 
@@ -52,11 +49,11 @@ def _check_reachable(client: ServerClient) -> None:
         raise ServerError(f"rollout.server: {error}; {SERVE}, or correct its url") from None
 
 
-def _check_model(client: ServerClient, config: RolloutConfig, student_dir: Path, longest_prompt: int) -> None:
+def _check_model(client: ServerClient, student_dir: Path, context: int) -> None:
     reply = client.get("/v1/models", CHECK_SECONDS)
     try:
         card = reply["data"][0]
-        name, served, context = str(card["id"]), str(card.get("root") or card["id"]), int(card["max_model_len"])
+        name, served, held = str(card["id"]), str(card.get("root") or card["id"]), int(card["max_model_len"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise MalformedReply(f"{client.url}: /v1/models is not as vLLM writes it; {SERVE}") from None
     wanted = student_dir.resolve().name
@@ -65,12 +62,11 @@ def _check_model(client: ServerClient, config: RolloutConfig, student_dir: Path,
             f"rollout.server: {client.url} serves {served!r}, and student.path is {wanted!r}; {SERVE} on the student, or "
             "copy it there under the same name"
         )
-    needed = longest_prompt + config.max_response_tokens
-    if context < needed:
+    if held < context:
         raise ConfigError(
-            f"rollout.server: {client.url} has a context of {context} tokens, but the longest prompt and response are "
-            f"{longest_prompt} + {config.max_response_tokens} = {needed}; set rollout.vllm.max_model_len: {needed} where it is "
-            "started, or lower max_response_tokens or prompts.max_tokens"
+            f"rollout.server: {client.url} has a context of {held} tokens, but the longest prompt with its response has "
+            f"{context}; set rollout.vllm.max_model_len: {context} where it is started, or lower max_response_tokens or "
+            "prompts.max_tokens"
         )
 
 

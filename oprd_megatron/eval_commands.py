@@ -1,29 +1,47 @@
-"""`oprd benchmark`: a student's answers to problems whose answers are known."""
+"""`oprd eval`: how far a student is from its teacher, and how many problems it solves."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oprd_megatron.default_command import default_command
+from oprd_megatron.entry import refuse_existing
 from oprd_megatron.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from oprd_megatron.config.benchmark import BenchmarkConfig
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="""Ask a student math problems, several times each, and grade its answers (Avg@k, Best@k, pass@j, majority@k, Dist-4g,
-length), or compare two checkpoints on the same problems.
+HELD_OUT = "held-out"
 
-`oprd benchmark run RUN.yaml --file aime24.json --out before`, the same with `--weights runs/x/student_hf --out after`, then
-`oprd benchmark compare before after`. Needs math-verify: `pip install 'oprd-megatron[eval]'`.""",
+app = typer.Typer(
+    cls=default_command(HELD_OUT),
+    no_args_is_help=True,
+    help="""Score a student: on held-out text against its teacher, or on problems whose answers are known.
+
+`oprd eval RUN.yaml --weights runs/x` measures KL(teacher || student), cross-entropy and cosine per layer. `oprd eval run
+RUN.yaml --file aime24.json --out before` asks problems several times each and grades the answers (Avg@k, Best@k, pass@j,
+majority@k, Dist-4g, length); the same with `--weights runs/x --out after`, then `oprd eval compare before after`. Grading needs
+math-verify: `pip install 'oprd-megatron[eval]'`.""",
 )
 
-Config = Annotated[Path, typer.Argument(help="YAML file of the run; its rollout engine writes.", show_default=False)]
+Config = Annotated[
+    Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key.sub=value, as many as you like; values are YAML.", show_default=False)
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="The student: a checkpoint (iter_..), a run directory (its newest), or a Hugging Face directory; left out, "
+        "student.path.",
+        show_default=False,
+    ),
 ]
 Files = Annotated[
     list[Path] | None,
@@ -53,13 +71,54 @@ Template = Annotated[
 ]
 
 
+@app.command(HELD_OUT)
+def held_out(
+    config: Config,
+    overrides: Overrides = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures as json.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option("--nproc", min=1, help="Ranks on this machine; left out, as many as the layouts name."),
+    ] = None,
+) -> None:
+    """Score a student on held-out prompts: KL(teacher || student), cross-entropy and cosine per layer.
+
+    Without --weights the student of the config is scored as it is, untrained. The word `held-out` may be left out.
+
+    Example: `oprd eval examples/quickstart.yaml --weights runs/quickstart`
+    """
+    from oprd_megatron.config import load_config
+    from oprd_megatron.evaluation.comparison import eval_table
+    from oprd_megatron.exporting import checkpoint_of
+    from oprd_megatron.launch import default_num_ranks, launch
+
+    run = load_config(config, overrides or [])
+    refuse_existing(out)
+    checkpoint = checkpoint_of(weights) if weights else None
+    arguments = [str(checkpoint)] if checkpoint else []
+    settings = [f"student.path={weights}"] if weights and not checkpoint else []
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "eval.json")
+        ranks = nproc or default_num_ranks(run)
+        code = launch(
+            "oprd_megatron.evaluate", [str(config), str(result), *arguments, "--", *(overrides or []), *settings], ranks
+        )
+        if code:
+            raise typer.Exit(code)
+        record = json.loads(result.read_text())
+    typer.echo(eval_table(record))
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1))
+
+
 @app.command()
 def run(
     config: Config,
     out: Annotated[Path, typer.Option(help="Folder to write; one that was not finished is gone on with.")],
     overrides: Overrides = None,
     file: Files = None,
-    weights: Annotated[Path | None, typer.Option(help="Hugging Face directory; left out, student.path.")] = None,
+    weights: Weights = None,
     samples: Annotated[
         int | None, typer.Option("-k", "--samples", help="Answers to each problem; left out, 16.")
     ] = None,
@@ -84,10 +143,10 @@ def run(
     """Ask every problem k times by the run's engine, in this process, and grade: OUT/summary.json, problems.csv, answers.csv,
     pass.png, and every response in responses.jsonl. Killed, it goes on where it was: start the same command again.
 
-    Example: `oprd benchmark run run.yaml --file aime24.json --file aime25.json -k 16 --max-tokens 16384 --out before`
+    Example: `oprd eval run run.yaml --file aime24.json --file aime25.json -k 16 --max-tokens 16384 --out before`
     """
     from oprd_megatron.benchmarks.folder import summary_text
-    from oprd_megatron.benchmarks.standalone import benchmark_directory
+    from oprd_megatron.benchmarks.standalone import benchmark_student
     from oprd_megatron.config import load_config
 
     loaded = load_config(config, overrides or [])
@@ -97,7 +156,7 @@ def run(
         template=template, chat_template=chat_template, limit=limit, problem_field=problem_field, answer_field=answer_field,
         skip_unparsable=skip_unparsable or None, boxed_only=boxed_only or None, answer_seconds=answer_seconds,
     )  # fmt: skip
-    summary = benchmark_directory(loaded, settings, weights or loaded.student.path, out)
+    summary = benchmark_student(loaded, settings, weights or loaded.student.path, out)
     typer.echo(summary_text(summary))
     typer.echo(f"in {out}")
 
@@ -119,7 +178,7 @@ def grade(
 ) -> None:
     """Grade recorded responses, without a model. Each belongs to the problem whose text its prompt is.
 
-    Example: `oprd benchmark grade rollouts.parquet --file dapo-math-17k.parquet --out graded`
+    Example: `oprd eval grade rollouts.parquet --file dapo-math-17k.parquet --out graded`
     """
     from oprd_megatron.benchmarks.folder import summary_text
     from oprd_megatron.benchmarks.grading import Grader
@@ -152,7 +211,7 @@ def compare(
     """Put two checkpoints side by side: difference of every measure, its 95 % interval (paired bootstrap over problems), its
     p-value (paired permutation test), and the problems that differ most.
 
-    Example: `oprd benchmark compare before after --out compared`
+    Example: `oprd eval compare before after --out compared`
     """
     from oprd_megatron.benchmarks.compare import compare as compared
     from oprd_megatron.benchmarks.compare import comparison_text, write_comparison
