@@ -14,12 +14,14 @@ import yaml
 from typer.main import get_command
 
 from oprd_megatron.cli import app
-from oprd_megatron.config import load_config, parse_config
+from oprd_megatron.config import RunConfig, load_config, parse_config
+from oprd_megatron.config.base import sections_in
 
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart.yaml"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 STARTERS = ("oprd", "torchrun", "python", "bash")
+FILES = (".yaml", ".json", ".jsonl", ".png", ".safetensors", ".md", ".py")
 A_TEACHERS_NAME = re.compile(r"teacher=\w+$")  # of a config with several
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -75,9 +77,22 @@ def check_named(words: list[str]) -> None:
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
     assert command is not root or not words or words[0].startswith("-"), f"oprd has no command {words[0]!r}"
-    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    below = getattr(command, "commands", {}).values()  # `oprd rollout RUN.yaml` is `oprd rollout write RUN.yaml`
+    parameters = [parameter for each in (command, *below) for parameter in each.params]
+    known = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     options = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert options <= known | {"--help"}, f"{command.name}: no {options - known}"
+
+
+def is_key(dotted: str) -> bool:
+    """Whether a config has this key: `optimizer.lr`, also of one of several teachers or terms."""
+    sections: list[Any] = [RunConfig]
+    for word in dotted.split("."):
+        fields = {name: field for section in sections for name, field in section.model_fields.items()}
+        if word not in fields:
+            return False
+        sections = sections_in(fields[word].annotation)
+    return True
 
 
 def merged(given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +113,15 @@ def test_commands_in_sentences_exist(page: Path) -> None:
     """`oprd ..` within a sentence names a command and options of it."""
     for text in re.findall(r"`oprd ([^`\n]+)`", page.read_text()):
         check_named(shlex.split(text, comments=True))
+
+
+@every_page
+def test_keys_in_sentences_exist(page: Path) -> None:
+    """`optimizer.lr`, `distill.k: 2000` or `run.seed=5` within a sentence is a key of a config."""
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        for key in re.findall(r"(?:^|(?<= )|(?<='))([a-z_]+(?:\.[a-z_]+)+)(?=$|=|: | )", code):
+            if key.split(".")[0] in RunConfig.model_fields and not key.endswith(FILES):
+                assert is_key(key), f"{key} in `{code}`"
 
 
 def test_examples_in_the_help_are_taken() -> None:
