@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
         0, or the exit code of the first rank that failed (2: a user's mistake, 75: stopped early; it has said so in one line).
     """
     if num_ranks == 1:
-        return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+        return _alone([sys.executable, "-m", module, *arguments])
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,6 +44,8 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
     config.run_id, config.max_restarts = "oprd", 0
     try:
         elastic_launch(config, entrypoint=sys.executable)("-m", module, *arguments)
+    except SignalException:  # it was passed on to the ranks, and they have ended
+        return EXIT_TRY_AGAIN
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         for code in (EXIT_USER_ERROR, EXIT_TRY_AGAIN):
@@ -51,3 +55,12 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
         print(f"error: rank {rank} failed with exit code {failure.exitcode}; its output is above", file=sys.stderr)
         return 1
     return 0
+
+
+def _alone(command: list[str]) -> int:
+    """Run one rank, which is told what this process is told, and ends in its own way. A terminal tells both of Ctrl-C."""
+    rank = subprocess.Popen(command)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: rank.send_signal(number))
+    signal.signal(signal.SIGINT, lambda *_: None)
+    return rank.wait()

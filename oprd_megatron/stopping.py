@@ -1,9 +1,9 @@
 """Ends a run early with a checkpoint: when it is asked to, or when its time is nearly up.
 
-SIGTERM and SIGUSR1 ask (schedulers send them before they kill; torchrun passes SIGTERM on, and kills after 30 s). Time is up at
-`run.time_limit_minutes` after the start, or at the end that SLURM gives the job (SLURM_JOB_END_TIME), less a margin: twice the
-longest step so far, and what the config adds. All ranks agree after every step, and a run that ended so exits with code 75
-(EX_TEMPFAIL: try again), on which schedulers can requeue it.
+SIGTERM, SIGUSR1 and Ctrl-C ask (schedulers send the first two before they kill; torchrun passes SIGTERM and Ctrl-C on, and
+kills after 30 s). Time is up at `run.time_limit_minutes` after the start, or at the end that SLURM gives the job
+(SLURM_JOB_END_TIME), less a margin: twice the longest step so far, and what the config adds. All ranks agree after every step,
+and a run that ended so exits with code 75 (EX_TEMPFAIL: try again), on which schedulers can requeue it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from oprd_megatron.config.schema import RunSection
 from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.platform import Platform
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STEPS_OF_MARGIN = 2
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     program = [sys.executable, "-m", "oprd_megatron.cli", "train", str(path)]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
@@ -36,16 +39,34 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in found if int(pid) in tree]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["single", "tp2"])
-def test_a_signal_ends_it_with_a_checkpoint(tmp_path: Path, values: dict[str, Any], layout: dict[str, int]) -> None:
-    """One rank is told in the middle of a long run; the next start goes on from there and ends like a run of one piece."""
+def tell_a_rank(process: subprocess.Popen[str]) -> None:
+    os.kill(ranks_of(process)[0], signal.SIGTERM)
+
+
+def tell_the_command(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+
+
+def press_ctrl_c(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+
+
+@pytest.mark.parametrize(
+    ("layout", "tell"),
+    [({}, tell_the_command), ({}, press_ctrl_c), ({"tp": 2}, tell_a_rank), ({"tp": 2}, press_ctrl_c)],
+    ids=["single-command", "single-ctrl-c", "tp2-rank", "tp2-ctrl-c"],
+)
+def test_a_signal_ends_it_with_a_checkpoint(
+    tmp_path: Path, values: dict[str, Any], layout: dict[str, int], tell: Callable[[subprocess.Popen[str]], None]
+) -> None:
+    """It is told in the middle of a long run; the next start goes on from there and ends like a run of one piece."""
     values = {**with_layout(changed(values, run={"steps": 400}), **layout), "eval": None, "checkpoint": {"every": 0}}
     process, metrics = start(values, tmp_path), Path(values["run"]["dir"]) / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
-    os.kill(ranks_of(process)[0], signal.SIGTERM)
+    tell(process)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     done = len(train_records(metrics.parent))
