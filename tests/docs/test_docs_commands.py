@@ -161,3 +161,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert links
     for link in links:
         assert (REPOSITORY / link).exists(), link
+
+
+def test_messages_in_troubleshoot_are_the_programs() -> None:
+    """What the page quotes as a symptom is said somewhere in the code, apart from names and numbers."""
+    folders = [REPOSITORY / name for name in ("oprd_megatron", "checkpoints_conversion", "tools")]
+    code = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".sh")]
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in code))
+    page = (REPOSITORY / "docs" / "troubleshoot.md").read_text()
+    symptoms = re.findall(r"^\| (`.*?) \| .* \| .* \|$", page, re.MULTILINE)
+    assert len(symptoms) > 25
+    for symptom in symptoms:
+        for quoted in re.findall(r"`([^`]+)`", symptom):
+            pieces = re.split(r"\.\.|[\d.]*\d|'\w+'|\(|\)|:|\S+/\S+|\w+\.txt", quoted)
+            for piece in (piece.strip(" ,;") for piece in pieces):
+                assert len(piece) < 12 or piece in said, f"{piece!r} of {quoted!r}"
