@@ -54,11 +54,7 @@ def commands_page() -> str:
 def _markdown(text: str) -> str:
     """Prose of a docstring, in which <, [ and * are themselves outside of `code`."""
     parts = text.split("`")
-    plain = [re.sub(r"([<\[*_|])", r"\\\1", part) for part in parts[::2]]
-    return "".join(
-        a if number == 0 else f"`{code}`{a}"
-        for number, (a, code) in enumerate(zip(plain, ["", *parts[1::2]], strict=True))
-    )
+    return "`".join(part if number % 2 else re.sub(r"([<\[*_|])", r"\\\1", part) for number, part in enumerate(parts))
 
 
 GENERATED = {"config": config_page, "commands": commands_page}

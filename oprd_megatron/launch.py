@@ -60,7 +60,13 @@ def launch(module: str, arguments: list[str], num_ranks: int) -> int:
 def _alone(command: list[str]) -> int:
     """Run one rank, which is told what this process is told, and ends in its own way. A terminal tells both of Ctrl-C."""
     rank = subprocess.Popen(command)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: rank.send_signal(number))
-    signal.signal(signal.SIGINT, lambda *_: None)
-    return rank.wait()
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT:
+            rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    code = rank.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return code

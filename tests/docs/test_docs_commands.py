@@ -125,7 +125,7 @@ def test_keys_in_sentences_exist(page: Path) -> None:
 
 
 def test_examples_in_the_help_are_taken() -> None:
-    """So do the examples that `--help` gives."""
+    """The examples that `--help` gives are taken like those in pages."""
     examples = [
         text for _, command in commands(get_command(app))
         for text in re.findall(r"`(oprd [^`]+)`", (command.help or "").partition("Example")[2])
