@@ -1,0 +1,154 @@
+"""Does a planned run fit into its GPUs? If not, by how much it does not, and what would help.
+
+A way out is one setting or two (`key=value`), planned again: those that then fit come first, and of those the ones that change
+least. Which settings are tried follows from the figures: what takes nothing is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from oprd_megatron.config import parse_config
+from oprd_megatron.config.load import with_overrides
+from oprd_megatron.config.schema import ParallelConfig, RunConfig
+from oprd_megatron.errors import LayoutError, UserError
+from oprd_megatron.planning.collect import plan_run
+from oprd_megatron.planning.figures import RankMemory, RunPlan
+from oprd_megatron.planning.text import size
+
+NUM_WAYS = 3
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """Settings, and what the fullest rank then holds."""
+
+    settings: tuple[str, ...]
+    device_bytes: int
+
+
+def check_room(config: RunConfig, plan: RunPlan, gpu_memory: int, width: int | None = None) -> None:
+    """Refuse a plan of which a rank does not fit into its GPU.
+
+    Args:
+        config: of the plan.
+        plan: from `plan_run`.
+        gpu_memory: bytes of a GPU.
+        width: as given to `plan_run`.
+
+    Raises:
+        LayoutError: one line with the rank, what it needs, what is missing, and ways out.
+    """
+    rank = plan.fullest
+    if rank.device_bytes <= gpu_memory:
+        return
+    missing = size(rank.device_bytes - gpu_memory)
+    text = (
+        f"rank {rank.first_rank} needs {size(rank.device_bytes)} ({_parts(rank)}) of its GPU's {size(gpu_memory)}: {missing} "
+        "too much"
+    )
+    ways = ways_out(config, plan, gpu_memory, width)
+    shown = "; ".join(
+        f"{' '.join(way.settings)} ({size(way.device_bytes)}{'' if way.device_bytes <= gpu_memory else ', still too much'})"
+        for way in ways
+    )
+    raise LayoutError(f"{text}; ways out: {shown or 'more GPUs for each model'}")
+
+
+def ways_out(config: RunConfig, plan: RunPlan, gpu_memory: int, width: int | None) -> list[WayOut]:
+    """The first three that fit, one setting before two; filled up with those that help most."""
+    tried: list[WayOut] = []
+    single = list(dict.fromkeys(candidates(config, plan, gpu_memory)))
+    for settings in (*single, *(a + b for a, b in combinations(single, 2) if not _same_keys(a, b))):
+        if sum(way.device_bytes <= gpu_memory for way in tried) == NUM_WAYS:
+            break
+        if any(_key(settings) == _key(way.settings) for way in tried if settings in single):
+            continue  # the same by another value: fp8 or weight_only
+        if settings not in single and not all(
+            part in [w.settings for w in tried] for part in single if set(part) <= set(settings)
+        ):
+            continue  # of two settings, each has to help by itself
+        if (needed := _needed(config, plan, settings, gpu_memory, width)) is not None:
+            tried.append(WayOut(settings, needed))
+    fit = [way for way in tried if way.device_bytes <= gpu_memory]
+    rest = sorted((way for way in tried if way not in fit), key=lambda way: way.device_bytes)
+    return (fit + rest)[:NUM_WAYS]
+
+
+def candidates(config: RunConfig, plan: RunPlan, gpu_memory: int) -> Iterator[tuple[str, ...]]:
+    """Settings that may help the fullest rank, those that cost least first."""
+    rank, student, teacher = plan.fullest, plan.student.layout, plan.teacher.layout
+    if rank.writing_bytes > gpu_memory and rank.vllm:
+        share = int(100 * (gpu_memory - rank.writing_bytes + rank.vllm) / gpu_memory) / 100
+        if share * gpu_memory > plan.student.engine_bytes / config.rollout.vllm.tp:
+            yield (f"rollout.vllm.gpu_memory_utilization={share:g}",)
+        yield (f"rollout.vllm.tp={2 * config.rollout.vllm.tp}", f"rollout.vllm.gpu_memory_utilization={share / 2:g}")
+    if rank.student and not config.optimizer.distributed and student.dp * student.cp > 1:
+        yield ("optimizer.distributed=true",)
+    if rank.activations and config.student.recompute.granularity != "full":
+        yield ("student.recompute.granularity=full",)
+    if rank.spool and not rank.spool_on_host:
+        yield ("distill.spool=host",)
+        yield (f"distill.spool_bytes={max(1, rank.spool // 4 // 2**20)}MiB",)
+    if rank.teacher and config.teacher.precision.linear == "dtype" and config.teacher.ema_decay is None:
+        yield ("teacher.precision.linear=fp8",)
+        yield ("teacher.precision.linear=weight_only",)
+    if rank.activations and config.run.micro_batch_size > 1 and config.run.micro_batch_tokens is None:
+        yield (f"run.micro_batch_size={config.run.micro_batch_size // 2}",)
+    longest = plan.batch.prompt_tokens + plan.batch.response_tokens
+    if rank.activations and config.run.micro_batch_tokens is not None and config.run.micro_batch_tokens > longest:
+        yield (f"run.micro_batch_tokens={max(longest, config.run.micro_batch_tokens // 2)}",)
+    if rank.outputs and config.output.chunk_tokens > 1:
+        yield (f"output.chunk_tokens={config.output.chunk_tokens // 2}",)
+    for name, grid, parallel in (
+        ("student", student, config.student.parallel), ("teacher", teacher, config.teacher.parallel)
+    ):  # fmt: skip
+        if grid.dp > 1 and grid.dp % 2 == 0:
+            rest = [f"{name}.parallel.dp={grid.dp // 2}"] if parallel.dp else []
+            sp = [f"{name}.parallel.sp=true"] if name == "student" and not parallel.sp else []
+            if grid.tp < plan.gpus_per_node:
+                yield (f"{name}.parallel.tp={2 * grid.tp}", *sp, *rest)
+            if _free_stages(parallel):
+                yield (f"{name}.parallel.pp={2 * grid.pp}", *rest)
+    if rank.activations and student.cp * student.tp < plan.gpus_per_node and student.dp % 2 == 0:
+        rest = [f"student.parallel.dp={student.dp // 2}"] if config.student.parallel.dp else []
+        yield (f"student.parallel.cp={2 * student.cp}", *rest)
+
+
+def _free_stages(parallel: ParallelConfig) -> bool:
+    named = parallel.layers_per_stage, parallel.first_stage_layers, parallel.last_stage_layers
+    return not any(isinstance(stages, (list, int)) for stages in named)
+
+
+def _key(settings: tuple[str, ...]) -> str:
+    return settings[0].split("=")[0]
+
+
+def _same_keys(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    return bool({part.split("=")[0] for part in a} & {part.split("=")[0] for part in b})
+
+
+def _needed(
+    config: RunConfig, plan: RunPlan, settings: tuple[str, ...], gpu_memory: int, width: int | None
+) -> int | None:
+    """Bytes that the fullest rank holds with these settings; None if they cannot work or do not help."""
+    try:
+        changed = parse_config(with_overrides(config.model_dump(mode="json"), settings), "a way out")
+        planned = plan_run(changed, plan.world_size, plan.gpus_per_node, width, gpu_memory)
+    except UserError:
+        return None
+    found = planned.fullest.device_bytes
+    return found if found < plan.fullest.device_bytes else None
+
+
+def _parts(rank: RankMemory) -> str:
+    """What it holds at its fullest, the largest first."""
+    parts = {"teacher": rank.teacher, "student": rank.student, "engine": rank.engine}
+    if rank.learning_bytes >= rank.writing_bytes:
+        spool = 0 if rank.spool_on_host else rank.spool
+        parts |= {"activations": rank.activations, "spool": spool, "outputs": rank.outputs}
+    else:
+        parts["vLLM"] = rank.vllm
+    return ", ".join(f"{name} {size(number)}" for name, number in sorted(parts.items(), key=lambda p: -p[1]) if number)
