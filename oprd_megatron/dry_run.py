@@ -9,8 +9,10 @@ from pathlib import Path
 
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.config.schema import ModelConfig
+from oprd_megatron.errors import LayoutError
 from oprd_megatron.launch import default_num_ranks
-from oprd_megatron.planning import Cluster, check_room, plan_run, plan_text, step_times
+from oprd_megatron.planning import Cluster, RunPlan, check_room, plan_run, plan_text, step_times
+from oprd_megatron.planning.text import size
 
 MODEL_CONFIGS = "model_configs"
 """Folder beside a run's YAML with NAME/config.json of published models, for runs whose models are not here."""
@@ -26,20 +28,39 @@ def dry_run(path: Path, overrides: list[str]) -> None:
     planned = with_published(config, path)
     for line in missing(config, planned):
         print(line)
-    if not config.teachers:
+    if config.teachers:
+        show_several(planned, default_num_ranks(config), Cluster())
+    else:
         show_plan(planned, default_num_ranks(config), Cluster())
-    for teacher in config.teachers:
-        print(f"\nOF SEVERAL TEACHERS, WITH {teacher.name.upper()} ALONE")
-        show_plan(planned.of_teacher(teacher.name), default_num_ranks(config), Cluster())
     print("\ndry run: nothing was started")
 
 
-def show_plan(config: RunConfig, world_size: int, cluster: Cluster) -> None:
+def show_several(config: RunConfig, world_size: int, cluster: Cluster) -> None:
+    """A plan for each of several teachers, and whether all of them fit together."""
+    plans = {}
+    for teacher in config.teachers:
+        print(f"\nOF SEVERAL TEACHERS, WITH {teacher.name.upper()} ALONE")
+        plans[teacher.name] = show_plan(config.of_teacher(teacher.name), world_size, cluster)
+    weights = {name: plan.fullest.teacher for name, plan in plans.items()}
+    waits = config.teaching is not None and config.teaching.host_budget is not None
+    most = max(plan.fullest.device_bytes - (0 if waits else weights[name]) for name, plan in plans.items())
+    whole = most + (0 if waits else sum(weights.values()))
+    where = "wait in host memory" if waits else "stay on the device"
+    print(f"\nall teachers together, which {where}: at most {size(whole)} on a rank")
+    if whole > cluster.gpu_memory:
+        raise LayoutError(
+            f"{len(plans)} teachers and the student need {size(whole)} of a GPU's {size(cluster.gpu_memory)}; let "
+            "teachers wait in host memory (teaching.host_budget), give them ranks of their own, or raise teachers[].parallel.tp"
+        )
+
+
+def show_plan(config: RunConfig, world_size: int, cluster: Cluster) -> RunPlan:
     """Print a plan, and refuse it if a rank does not fit."""
     width = width_before_fit(config)
     plan = plan_run(config, world_size, cluster.gpus_per_node, width, cluster.gpu_memory)
     print(plan_text(plan, step_times(config, plan, cluster)))
     check_room(config, plan, cluster.gpu_memory, width)
+    return plan
 
 
 def width_before_fit(config: RunConfig) -> int | None:

@@ -71,12 +71,12 @@ def main(script: str) -> None:
 
                 dry_run(config, given.overrides)
         elif "--check" in given.values:
-            check(config, int(given.values["--check"]), given.overrides)
+            check(config, given.values["--check"], given.overrides)
         else:
             run(config, given.overrides)
 
 
-def check(path: Path, per_node: int, overrides: list[str]) -> None:
+def check(path: Path, gpus: str, overrides: list[str]) -> None:
     """Print the number of nodes that the run needs; what can be known to be wrong is an error here, before torchrun starts."""
     from checkpoints_conversion import read_architecture
     from oprd_megatron.config import load_config
@@ -84,11 +84,13 @@ def check(path: Path, per_node: int, overrides: list[str]) -> None:
     from oprd_megatron.world import nodes_needed
 
     config = load_config(path, overrides)
-    nodes = nodes_needed(config, per_node, os.environ)
+    if not gpus.isdecimal() or int(gpus) == 0:
+        raise ConfigError(f"NPROC_PER_NODE: {gpus!r} is no number of GPUs; set it to those of a node")
+    nodes = nodes_needed(config, int(gpus), os.environ)
     for view in [config.of_teacher(teacher.name) for teacher in config.teachers] or [config]:
         models = read_architecture(view.teacher.path), read_architecture(view.student.path)
         if view.teacher.parallel.layers_per_stage != "follow_student":
-            resolve_grids(view, *models, nodes * per_node, alone=not config.teachers)
+            resolve_grids(view, *models, nodes * int(gpus), alone=not config.teachers)
     if not config.rollout.prompts.path.is_file():
         raise ConfigError(f"rollout.prompts.path: {config.rollout.prompts.path} is not there; give a file of prompts")
     print(nodes)

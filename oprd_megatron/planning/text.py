@@ -285,7 +285,7 @@ def _times(times: StepTimes) -> list[str]:
     """A row for each batch, a column for each phase."""
     phases = ("rollout", "teacher", "exchange", "student", "update", "sync")
     lines = [
-        "TIME OF A STEP, ESTIMATED  (seconds, from assumed rates: see --cluster)",
+        "TIME OF A STEP, ESTIMATED  (seconds, from assumed rates of H100s, or those of --cluster)",
         f"  {'responses':<24}{'tokens':>11}" + "".join(f"{phase:>9}" for phase in (*phases, "step")),
     ]
     for time in (times.typical, times.longest):
