@@ -16,7 +16,7 @@
 #   torchrun --nproc-per-node 4 examples/oprd_qwen72b_to_7b.sh --dry-run     torchrun runs its argument with Python
 #   torchrun [rendezvous flags] examples/oprd_qwen72b_to_7b.sh               on every node yourself
 #   bash examples/oprd_qwen72b_to_7b.sh                                      on every node, with MASTER_ADDR=first node
-#   sbatch examples/oprd_qwen72b_to_7b.sh                                    once, from the projects folder
+#   sbatch examples/oprd_qwen72b_to_7b.sh                                    once, from this project's folder
 #
 # What runs is the .yaml of the same name beside this file; further arguments are key=value overrides of it.
 # docs/launching.md has the rest.
@@ -57,7 +57,7 @@ nodes=$(python "$script" --check "$per_node" "$@")   # a mistake is one line and
 start=() host=${MASTER_ADDR:-localhost}
 if [ -n "${SLURM_JOB_ID:-}" ]; then
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    start=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1)
+    start=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_ON_NODE:-1}")
 fi
 code=0
 "${start[@]}" bash "$script" --on-node "$nodes" "$per_node" "$host:${MASTER_PORT:-29400}" "$@" || code=$?

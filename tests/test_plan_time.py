@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from checkpoints_conversion import read_architecture
 from oprd_megatron.config import load_config, parse_config
 from oprd_megatron.errors import LayoutError
 from oprd_megatron.planning import Cluster, RunPlan, check_room, plan_run, plan_text, step_times
 from oprd_megatron.planning.rates import Rates, read_rates
-from oprd_megatron.planning.room import ways_out
+from oprd_megatron.planning.room import check_device, ways_out
 from oprd_megatron.planning.step_time import active_parameters
 from tests.qwen_configs import MODEL_CONFIGS, QWEN_7B, QWEN_72B, write_config
 from tests.test_cli import assert_done, assert_refused, oprd, yaml_of
@@ -138,6 +140,16 @@ def test_ways_out(tmp_path: Path, gpu: int, sections: dict[str, Any], expected: 
         again = plan_run(load_config(path, way.settings), 16, 8, 8, gpu * GB)
         assert again.fullest.device_bytes == way.device_bytes < plan.fullest.device_bytes
     check_room(config, plan, plan.fullest.device_bytes, 8)
+
+
+def test_a_run_that_starts_is_held_against_its_gpus(tmp_path: Path) -> None:
+    """The same line; a colocated engine's share is one of the GPU that is there."""
+    bridge = tmp_path / "b.safetensors"
+    save_file({"teacher.1.projection": torch.zeros(8, 8192)}, bridge)
+    config = parse_config(values_for(tmp_path, distill={"bridge": str(bridge)}, rollout=vllm(0.4)), "test")
+    check_device(config, 16, 80 * GB, 8)
+    with pytest.raises(LayoutError, match=r"vLLM 22.4 GiB.* of its GPU's 55.9 GiB: .* ways out: "):
+        check_device(config, 16, 60 * GB, 8)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def check_room(config: RunConfig, plan: RunPlan, gpu_memory: int, width: int | N
     raise LayoutError(f"{text}; ways out: {shown or 'more GPUs for each model'}")
 
 
+def check_device(config: RunConfig, world_size: int, gpu_memory: int, gpus_per_node: int) -> None:
+    """`check_room` of a run that is about to start on GPUs of this size. (Of several teachers no plan says all.)
+
+    Raises:
+        LayoutError: a rank does not fit.
+    """
+    if not config.teachers:
+        check_room(config, plan_run(config, world_size, gpus_per_node, gpu_memory=gpu_memory), gpu_memory)
+
+
 def ways_out(config: RunConfig, plan: RunPlan, gpu_memory: int, width: int | None) -> list[WayOut]:
     """The first three that fit, one setting before two; filled up with those that help most."""
     tried: list[WayOut] = []

@@ -48,7 +48,7 @@ def test_an_examples_own_mistake_is_found(capsys: pytest.CaptureFixture[str]) ->
     path = ROOT / "examples" / "rl_experts.yaml"
     dry_run(path, ["rollout.vllm.gpu_memory_utilization=0.77"])
     assert "all teachers together, which stay on the device: at most 74." in capsys.readouterr().out
-    with pytest.raises(LayoutError, match=r"2 teachers and the student need .* teaching.host_budget"):
+    with pytest.raises(LayoutError, match=r"2 teachers and the student need .*teaching.host_budget"):
         dry_run(path, ["rollout.vllm.gpu_memory_utilization=0.79"])
     dry_run(path, ["rollout.vllm.gpu_memory_utilization=0.79", "teaching.host_budget=10GiB"])
 

@@ -138,7 +138,7 @@ def test_arguments() -> None:
 
 
 def cluster_of_one(folder: Path) -> dict[str, str]:
-    """A SLURM job on this machine: `srun` runs its command here, `scontrol` names this host and writes down what it is asked."""
+    """A SLURM job on this machine: `srun` runs its command here, `scontrol` names this host and notes what it is asked."""
     for name, body in {
         "srun": 'while [[ $1 == --* ]]; do shift 2; done; exec "$@"',
         "scontrol": f'[ "$1 $2" = "show hostnames" ] && echo 127.0.0.1 || echo "$@" >> {folder}/scontrol.log',
@@ -151,8 +151,7 @@ def cluster_of_one(folder: Path) -> dict[str, str]:
 
 
 def test_a_slurm_job_is_warned_and_requeued(tmp_path: Path) -> None:
-    """sbatch runs a copy of the script; its warning ends the run with a checkpoint and 75, and the job is put back. The next one
-    goes on from there."""
+    """sbatch runs a copy of the script; its warning ends the run with a checkpoint and 75, and the job is put back."""
     overrides, job = make_twin(tmp_path), cluster_of_one(tmp_path)
     spooled = shutil.copy(SCRIPT, tmp_path / "slurm_script")
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -170,7 +169,4 @@ def test_a_slurm_job_is_warned_and_requeued(tmp_path: Path) -> None:
     done = len(train_records(tmp_path / "run"))
     assert f"stopped: step {done} of 2000 because a signal asked for it" in said and "Traceback" not in said
     assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n"
-    again = subprocess.run([*command, f"run.stop_at={done + 1}", "run.steps=2000"], capture_output=True, text=True, timeout=120,
-                           env=job, cwd=ROOT)  # fmt: skip
-    assert again.returncode == 0, again.stderr
-    assert [record["step"] for record in train_records(tmp_path / "run")] == list(range(1, done + 2))
+    assert (tmp_path / "run" / "checkpoints" / f"iter_{done:07d}").is_dir()
