@@ -9,12 +9,17 @@ from oprd_megatron.config.schema import ModelConfig, ParallelConfig
 from oprd_megatron.errors import ConfigError, LayoutError
 from oprd_megatron.launch import default_num_ranks
 
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Ranks meet in the store of torchrun's agents, where (torch 2.13) a new agent never finds the address, and ranks whose
+agents have restarted them a different number of times look for each other under different names."""
+
 
 def check_world(config: RunConfig, environment: Mapping[str, str]) -> None:
     """torchrun's ranks, on a rank.
 
     Raises:
         LayoutError: one line: their number, on how many nodes, and what is needed.
+        ConfigError: torchrun was asked for restarts that would hang.
     """
     world, local = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     nodes = int(environment.get("GROUP_WORLD_SIZE", "1"))
@@ -27,6 +32,15 @@ def check_world(config: RunConfig, environment: Mapping[str, str]) -> None:
         raise LayoutError(
             f"{nodes} {_nodes(nodes)} x {local} GPUs = {world} ranks, but the layouts need {needed} ({_layouts(config)}); "
             f"start {_advice(needed, local)}, or change the models' parallel sections"
+        )
+    if (
+        nodes > 1
+        and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and environment.get(AGENT_STORE) == "True"
+    ):
+        raise ConfigError(
+            "--max-restarts: a restart on several nodes would hang in torchrun's shared store; export "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every node, or leave --max-restarts out"
         )
 
 

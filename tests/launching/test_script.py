@@ -123,6 +123,16 @@ def test_ranks_that_somebody_started(world: int, nodes: int, local: int, fragmen
         assert fragment in str(caught.value)
 
 
+def test_restarts_that_would_hang() -> None:
+    """torchrun's agents on several nodes must not share their store."""
+    given = {"WORLD_SIZE": "32", "GROUP_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    config = load_config(YAML)
+    with pytest.raises(ConfigError, match=r"--max-restarts: .*export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_world(config, {**given, "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    check_world(config, {**given, "TORCHELASTIC_USE_AGENT_STORE": "False"})
+    check_world(config, {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"})
+
+
 def test_what_is_left_open_takes_any_number() -> None:
     """Without dp the layouts take what there is."""
     config = load_config(YAML, ["student.parallel={tp: 2, sp: true}", "teacher.parallel={tp: 8}"])
