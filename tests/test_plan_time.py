@@ -177,6 +177,16 @@ def test_the_tool_has_the_plans_formulas() -> None:
     path = ROOT / "tools" / "clusters" / "qwen72b_to_7b.yaml"
     rates = read_rates(Rates, path)
     assert rates.teacher_seconds == pytest.approx(2 * 72.7e9 / 445e12)
-    command = [sys.executable, ROOT / "tools" / "simulate_schedule.py", path, "--nodes", "4", "--steps", "1"]
+    command = [
+        sys.executable,
+        ROOT / "tools" / "simulate_schedule.py",
+        path,
+        "--nodes",
+        "1",
+        "--steps",
+        "1",
+        "--prompts-per-node",
+        "4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert "| 4 | colocated | 32 in turn |" in done.stdout
+    assert "| 1 | colocated | 8 in turn |" in done.stdout

@@ -62,9 +62,8 @@ def test_bash_plans_and_teaches() -> None:
     assert done.returncode == 0 and "LAYER MAP  none" in done.stdout, done.stderr
     helped = script("--help")
     assert helped.returncode == 0 and "oprd_qwen72b_to_7b.sh --dry-run" in helped.stdout and "75" in helped.stdout
-    one_line(
-        script("--dry-run", "optimizer.distributed=false"), "31.6 GiB too much", "ways out: optimizer.distributed=true"
-    )
+    small = script("--dry-run", "optimizer.distributed=false", "rollout.max_response_tokens=512")
+    one_line(small, "31.6 GiB too much", "ways out: optimizer.distributed=true")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +159,11 @@ def cluster_of_one(folder: Path) -> dict[str, str]:
     return {**given, **job, "PATH": f"{folder}{os.pathsep}{given['PATH']}"}
 
 
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
 def test_a_slurm_job_is_warned_and_requeued(tmp_path: Path) -> None:
     """sbatch runs a copy of the script; its warning ends the run with a checkpoint and 75, and the job is put back."""
     overrides, job = make_twin(tmp_path), cluster_of_one(tmp_path)
@@ -172,8 +176,10 @@ def test_a_slurm_job_is_warned_and_requeued(tmp_path: Path) -> None:
         while not (metrics.exists() and metrics.read_text().count("\n") > 1):
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "job.log").read_text()
             time.sleep(0.05)
-        (step,) = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(step), signal.SIGUSR1)
+        (step,) = children(process.pid)
+        (agent,) = children(step)
+        assert b"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0")
+        os.kill(step, signal.SIGUSR1)
         assert process.wait(60) == 75, (tmp_path / "job.log").read_text()
     said = (tmp_path / "job.log").read_text()
     done = len(train_records(tmp_path / "run"))
