@@ -6,7 +6,7 @@ least. Which settings are tried follows from the figures: what takes nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,13 +19,15 @@ from oprd_megatron.planning.figures import RankMemory, RunPlan
 from oprd_megatron.planning.text import size
 
 NUM_WAYS = 3
+Settings = tuple[str, ...]
+"""key=value, as on the command line."""
 
 
 @dataclass(frozen=True)
 class WayOut:
     """Settings, and what the fullest rank then holds."""
 
-    settings: tuple[str, ...]
+    settings: Settings
     device_bytes: int
 
 
@@ -68,33 +70,33 @@ def check_device(config: RunConfig, world_size: int, gpu_memory: int, gpus_per_n
 
 
 def ways_out(config: RunConfig, plan: RunPlan, gpu_memory: int, width: int | None) -> list[WayOut]:
-    """The first three that fit, one setting before two; filled up with those that help most."""
-    tried: list[WayOut] = []
-    single = list(dict.fromkeys(candidates(config, plan, gpu_memory)))
-    for settings in (*single, *(a + b for a, b in combinations(single, 2) if not _same_keys(a, b))):
-        if sum(way.device_bytes <= gpu_memory for way in tried) == NUM_WAYS:
-            break
-        if any(_key(settings) == _key(way.settings) for way in tried if settings in single):
-            continue  # the same by another value: fp8 or weight_only
-        if settings not in single and not all(
-            part in [w.settings for w in tried] for part in single if set(part) <= set(settings)
-        ):
-            continue  # of two settings, each has to help by itself
-        if (needed := _needed(config, plan, settings, gpu_memory, width)) is not None:
-            tried.append(WayOut(settings, needed))
-    fit = [way for way in tried if way.device_bytes <= gpu_memory]
-    rest = sorted((way for way in tried if way not in fit), key=lambda way: way.device_bytes)
-    return (fit + rest)[:NUM_WAYS]
+    """The first three that fit, one setting before two of those that help; filled up with those that help most."""
+    found: list[WayOut] = []
+
+    def try_all(choices: Iterable[Settings]) -> None:
+        for settings in choices:
+            if sum(way.device_bytes <= gpu_memory for way in found) == NUM_WAYS:
+                return
+            needed = _needed(config, plan, settings, gpu_memory, width)
+            if needed is not None and needed < plan.fullest.device_bytes:
+                found.append(WayOut(settings, needed))
+
+    try_all(candidates(config, plan, gpu_memory))
+    pairs = combinations([way.settings for way in found], 2)
+    try_all(one + other for one, other in pairs if not _keys(one) & _keys(other))
+    return sorted(found, key=lambda way: max(way.device_bytes, gpu_memory))[:NUM_WAYS]
 
 
-def candidates(config: RunConfig, plan: RunPlan, gpu_memory: int) -> Iterator[tuple[str, ...]]:
+def candidates(config: RunConfig, plan: RunPlan, gpu_memory: int) -> Iterator[Settings]:
     """Settings that may help the fullest rank, those that cost least first."""
     rank, student, teacher = plan.fullest, plan.student.layout, plan.teacher.layout
     if rank.writing_bytes > gpu_memory and rank.vllm:
+        tp = config.rollout.vllm.tp
         share = int(100 * (gpu_memory - rank.writing_bytes + rank.vllm) / gpu_memory) / 100
-        if share * gpu_memory > plan.student.engine_bytes / config.rollout.vllm.tp:
+        if share * gpu_memory > plan.student.engine_bytes / tp:
             yield (f"rollout.vllm.gpu_memory_utilization={share:g}",)
-        yield (f"rollout.vllm.tp={2 * config.rollout.vllm.tp}", f"rollout.vllm.gpu_memory_utilization={share / 2:g}")
+        elif share * gpu_memory > plan.student.engine_bytes / (2 * tp):
+            yield (f"rollout.vllm.gpu_memory_utilization={share:g}", f"rollout.vllm.tp={2 * tp}")
     if rank.student and not config.optimizer.distributed and student.dp * student.cp > 1:
         yield ("optimizer.distributed=true",)
     if rank.activations and config.student.recompute.granularity != "full":
@@ -102,9 +104,8 @@ def candidates(config: RunConfig, plan: RunPlan, gpu_memory: int) -> Iterator[tu
     if rank.spool and not rank.spool_on_host:
         yield ("distill.spool=host",)
         yield (f"distill.spool_bytes={max(1, rank.spool // 4 // 2**20)}MiB",)
-    if rank.teacher and config.teacher.precision.linear == "dtype" and config.teacher.ema_decay is None:
-        yield ("teacher.precision.linear=fp8",)
-        yield ("teacher.precision.linear=weight_only",)
+    if rank.teacher and not config.teacher.precision.is_quantised and config.teacher.ema_decay is None:
+        yield (f"teacher.precision.linear={'fp8' if config.teacher.dtype == 'bf16' else 'weight_only'}",)
     if rank.activations and config.run.micro_batch_size > 1 and config.run.micro_batch_tokens is None:
         yield (f"run.micro_batch_size={config.run.micro_batch_size // 2}",)
     longest = plan.batch.prompt_tokens + plan.batch.response_tokens
@@ -112,6 +113,8 @@ def candidates(config: RunConfig, plan: RunPlan, gpu_memory: int) -> Iterator[tu
         yield (f"run.micro_batch_tokens={max(longest, config.run.micro_batch_tokens // 2)}",)
     if rank.outputs and config.output.chunk_tokens > 1:
         yield (f"output.chunk_tokens={config.output.chunk_tokens // 2}",)
+    if config.teacher.ema_decay is not None:
+        return  # both models need one layout
     for name, grid, parallel in (
         ("student", student, config.student.parallel), ("teacher", teacher, config.teacher.parallel)
     ):  # fmt: skip
@@ -132,25 +135,18 @@ def _free_stages(parallel: ParallelConfig) -> bool:
     return not any(isinstance(stages, (list, int)) for stages in named)
 
 
-def _key(settings: tuple[str, ...]) -> str:
-    return settings[0].split("=")[0]
+def _keys(settings: Settings) -> set[str]:
+    return {setting.split("=")[0] for setting in settings}
 
 
-def _same_keys(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    return bool({part.split("=")[0] for part in a} & {part.split("=")[0] for part in b})
-
-
-def _needed(
-    config: RunConfig, plan: RunPlan, settings: tuple[str, ...], gpu_memory: int, width: int | None
-) -> int | None:
-    """Bytes that the fullest rank holds with these settings; None if they cannot work or do not help."""
+def _needed(config: RunConfig, plan: RunPlan, settings: Settings, gpu_memory: int, width: int | None) -> int | None:
+    """Bytes that the fullest rank holds with these settings; None if they cannot work."""
     try:
         changed = parse_config(with_overrides(config.model_dump(mode="json"), settings), "a way out")
         planned = plan_run(changed, plan.world_size, plan.gpus_per_node, width, gpu_memory)
     except UserError:
         return None
-    found = planned.fullest.device_bytes
-    return found if found < plan.fullest.device_bytes else None
+    return planned.fullest.device_bytes
 
 
 def _parts(rank: RankMemory) -> str:

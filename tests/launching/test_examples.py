@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_conversion import read_architecture
 from oprd_megatron.config import load_config
 from oprd_megatron.dry_run import dry_run
 from oprd_megatron.errors import LayoutError
 from tests.launching.twin import ROOT
+from tests.qwen_configs import MODEL_CONFIGS
+from tests.test_cli import assert_done, oprd
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 ONE_SCREEN = 45
@@ -30,6 +33,21 @@ def test_an_example_plans(path: Path, capsys: pytest.CaptureFixture[str], tmp_pa
     printed = capsys.readouterr().out
     assert printed.count("MEMORY OF A RANK") == printed.count("TIME OF A STEP") >= 1
     assert printed.rstrip().endswith("nothing was started") and run_dir.exists() == before
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_its_models_need_not_be_here(path: Path) -> None:
+    """Every model's published config.json is there, and is one that the converters read."""
+    config = load_config(path)
+    for model in (config.teacher, *config.teachers, config.student):
+        read_architecture(MODEL_CONFIGS / model.path.name)
+
+
+def test_oprd_train_plans_too() -> None:
+    """The same plan, by the command."""
+    done = oprd("train", ROOT / "examples" / "laptop.yaml", "--dry-run")
+    assert_done(done)
+    assert "MEMORY OF A RANK" in done.stdout and done.stdout.rstrip().endswith("nothing was started")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
