@@ -179,5 +179,6 @@ def test_the_tool_has_the_plans_formulas() -> None:
     assert rates.teacher_seconds == pytest.approx(2 * 72.7e9 / 445e12)
     small = ["--nodes", "1", "--steps", "1", "--prompts-per-node", "4"]
     command = [sys.executable, ROOT / "tools" / "simulate_schedule.py", path, *small]
+    assert read_rates(Cluster, path) == Cluster()  # its machines are the default ones
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert "| 1 | colocated | 8 in turn |" in done.stdout

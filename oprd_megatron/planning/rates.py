@@ -259,7 +259,8 @@ C = TypeVar("C", bound=Cluster)
 
 
 def read_rates(kind: type[C], path: Path) -> C:
-    """A `Cluster` or `Rates` from its YAML file; keys that are left out keep their defaults.
+    """A `Cluster` or `Rates` from its YAML file; keys that are left out keep their defaults. A file of `Rates` is one of a
+    `Cluster` too.
 
     Raises:
         ConfigError: one line that names the file and the key.
@@ -268,7 +269,8 @@ def read_rates(kind: type[C], path: Path) -> C:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    return _checked(kind, values, str(path))
+    others = set(Rates.model_fields) - set(kind.model_fields)
+    return _checked(kind, {key: value for key, value in values.items() if key not in others}, str(path))
 
 
 def read_cluster(path: Path | None, **given: int | str | None) -> Cluster:

@@ -179,7 +179,8 @@ def test_a_slurm_job_is_warned_and_requeued(tmp_path: Path) -> None:
         (step,) = children(process.pid)
         (agent,) = children(step)
         assert b"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in Path(f"/proc/{agent}/environ").read_bytes().split(b"\0")
-        os.kill(step, signal.SIGUSR1)
+        for pid in (step, agent):  # SLURM tells every process of a step
+            os.kill(pid, signal.SIGUSR1)
         assert process.wait(60) == 75, (tmp_path / "job.log").read_text()
     said = (tmp_path / "job.log").read_text()
     done = len(train_records(tmp_path / "run"))
