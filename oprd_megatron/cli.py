@@ -49,7 +49,14 @@ Ranks = Annotated[
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Ranks = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config and show the run's plan; start nothing.")
+    ] = False,
+) -> None:
     """Distil: rollouts, teacher states, loss, update; checkpoints, held-out evaluation, export and report on the way.
 
     Starting the same command again continues from the newest checkpoint in run.dir.
@@ -59,6 +66,11 @@ def train(config: Config, overrides: Overrides = None, nproc: Ranks = None) -> N
     from oprd_megatron.config import load_config
     from oprd_megatron.launch import default_num_ranks, launch
 
+    if dry_run:
+        from oprd_megatron import dry_run as on_paper
+
+        on_paper.dry_run(config, overrides or [])
+        return
     run = load_config(config, overrides or [])
     raise typer.Exit(launch("oprd_megatron.train", [str(config), *(overrides or [])], nproc or default_num_ranks(run)))
 
@@ -70,32 +82,49 @@ def plan(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks to plan for; left out, as many as the layouts name.")
     ] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Consecutive ranks on one machine.")] = 8,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Consecutive ranks on one machine; left out, the cluster's, or 8.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Of a GPU, 80GB or 141GB; left out, the cluster's, or 80GB.")
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of the machines' rates, for the time of a step; left out, 8 H100s a node."),
+    ] = None,
     bridge_rank: Annotated[
         int | None, typer.Option(min=1, help="Plan as with a bridge of this rank, before there is a distill.bridge.")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw who sends how much to whom; written anew.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write all figures as json; written anew.")] = None,
 ) -> None:
-    """Show what a run would look like: both grids, layer map, traffic, memory. Needs each model's config.json only, no GPU.
+    """Show what a run would look like: both grids, layer map, traffic, memory, the time of a step. Needs each model's
+    config.json only, no GPU.
+
+    A rank that does not fit into its GPU is an error, with three ways out.
 
     Example: `oprd plan examples/quickstart.yaml --world-size 16 student.parallel.tp=2 --png traffic.png`
     """
     from oprd_megatron.config import load_config
     from oprd_megatron.launch import default_num_ranks
-    from oprd_megatron.planning import plan_run, plan_text
+    from oprd_megatron.planning import check_room, plan_run, plan_text, step_times
+    from oprd_megatron.planning.rates import read_cluster
 
     for out in (png, json_out):
         refuse_missing_directory(out)
     run = load_config(config, overrides or [])
-    planned = plan_run(run, world_size or default_num_ranks(run), gpus_per_node, bridge_rank)
-    typer.echo(plan_text(planned))
+    machines = read_cluster(cluster, gpus_per_node=gpus_per_node, gpu_memory=gpu_memory)
+    ranks = world_size or default_num_ranks(run)
+    planned = plan_run(run, ranks, machines.gpus_per_node, bridge_rank, machines.gpu_memory)
+    times = step_times(run, planned, machines)
+    typer.echo(plan_text(planned, times))
     if json_out is not None:
-        json_out.write_text(json.dumps(planned.as_json()))
+        json_out.write_text(json.dumps({**planned.as_json(), "times": times.as_json()}))
     if png is not None:
         from oprd_megatron.planning.heat_map import draw_heat_map
 
         draw_heat_map(planned, png)
+    check_room(run, planned, machines.gpu_memory, bridge_rank)
 
 
 @app.command()

@@ -21,12 +21,16 @@ OTHER_RANKS_WAIT_SECONDS = 5
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(code_file: Path | None = None) -> Iterator[None]:
     """Run a command. A `UserError` is printed as one line and ends the process with code 2.
 
     Most errors are the same on all ranks: rank 0 speaks at once, and a launcher ends the others when it is gone. A rank whose
     error is its own finds itself still there after a while, and then speaks too. No exit handlers run: those of a process
     group could wait for ranks that are gone.
+
+    Args:
+        code_file: the code is left there for who started torchrun, which knows 0 and 1 only. A rank that stopped early then
+            leaves with 0: torchrun would start again what was asked to stop.
     """
     try:
         yield
@@ -39,6 +43,9 @@ def one_line_errors() -> Iterator[None]:
         print(f"{kind}: {error}" if rank == "0" else f"{kind} on rank {rank}: {error}", file=sys.stderr)
         for child in multiprocessing.active_children():  # mcore's checkpoint writer would outlive this process
             child.terminate()
+        if code_file is not None:
+            code_file.write_text(str(code))
+            code = 0 if isinstance(error, StoppedEarly) else code
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from oprd_megatron.benchmarks.in_loop import InLoop
@@ -33,6 +34,7 @@ from oprd_megatron.noise.measure import measured_gate, prompt_samples
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import PlacedTeacher, build_all
+from oprd_megatron.planning.room import check_device
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.space import LowRank, resume_bridge
@@ -50,7 +52,11 @@ def train(config: RunConfig) -> None:
     """Train from a config to its last step, from the newest checkpoint if there is one."""
     started = time.perf_counter()
     platform = select_platform(config.run.device)
-    checked = preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    checked = preflight(config, world_size)
+    if platform.is_cuda:
+        gpu_memory = torch.cuda.get_device_properties(platform.device).total_memory
+        check_device(config, world_size, gpu_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     init_distributed(platform)
     with heartbeat(), Stopping(config.run, platform) as stopping:
         run(checked, platform, started, stopping)

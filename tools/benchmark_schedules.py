@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import torch.distributed as dist
 import typer
-from simulate_schedule import SCHEDULES, Decoder, Learner, simulate
 from slow_engine import RandomText, SlowEngine
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.placing import build_all
+from oprd_megatron.planning.rates import SCHEDULES, Decoder, Learner, simulate
 from oprd_megatron.platform import init_distributed, select_platform
 from oprd_megatron.preflight import preflight
 from oprd_megatron.rollout import make_requests

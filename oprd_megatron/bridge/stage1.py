@@ -43,8 +43,9 @@ def without_bridge(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"distill": config.distill.model_copy(update=update)})
 
 
-def fit(config: RunConfig, out: Path) -> None:
-    """Fit a bridge and write it to `out`, with its json and a plot of all ranks beside it. On every rank."""
+def fit(config: RunConfig, out: Path, stays: bool = False) -> None:
+    """Fit a bridge and write it to `out`, with its json and a plot of all ranks beside it. On every rank, which `stays` in its
+    process group for what comes next."""
     refuse_several(config, "oprd bridge fit")
     for path in (out, info_file(out), plot_file(out)):
         if path.exists():
@@ -62,7 +63,8 @@ def fit(config: RunConfig, out: Path) -> None:
         with together(f"writing {out}"):
             if dist.get_rank() == 0:
                 _write(out, bridge, figures, rows, checked)
-        dist.destroy_process_group()
+        if not stays:
+            dist.destroy_process_group()
 
 
 def check_fit(config: RunConfig, checked: Checked) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections (run, teacher, student, rollout, ..)")
+    return parse_config(with_overrides(values, overrides), str(path))
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with `key.sub=value` set, in place.
+
+    Raises:
+        ConfigError: one of them is not of that form, or its value is not YAML.
+    """
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: dict[str, Any], source: str) -> RunConfig:

@@ -18,6 +18,7 @@ from oprd_megatron.parallel.layout import GridLayout, even_stages
 from oprd_megatron.parallel.memory import ModelMemory, StageMemory, engine_bytes, peak_spooled
 from oprd_megatron.parallel.precision import check_precisions
 from oprd_megatron.planning.figures import (
+    GPU_MEMORY,
     Batch,
     FollowStudent,
     ModelPlan,
@@ -36,7 +37,13 @@ from oprd_megatron.representation.route import Route, layers_between, moved_toke
 from oprd_megatron.representation.wire import Wire, wire_name
 
 
-def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: int | None = None) -> RunPlan:
+def plan_run(
+    config: RunConfig,
+    world_size: int,
+    gpus_per_node: int = 8,
+    width: int | None = None,
+    gpu_memory: int = GPU_MEMORY,
+) -> RunPlan:
     """Plan a run.
 
     Args:
@@ -44,6 +51,7 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
         world_size: ranks there would be.
         gpus_per_node: consecutive ranks on one machine.
         width: rank of a bridge that does not exist yet.
+        gpu_memory: bytes of a GPU, of which a colocated vLLM takes a share.
 
     Raises:
         UserError: one line: a config.json is missing, the layouts cannot work, the spool's budget is too small.
@@ -85,7 +93,7 @@ def plan_run(config: RunConfig, world_size: int, gpus_per_node: int = 8, width: 
         pairs=pairs,
         batch=_batch(config, plan),
         traffic=_traffic(plan, wire, outputs, gpus_per_node),
-        ranks=_ranks(config, models[0], models[1], plan, planner, of_terms, world_size),
+        ranks=_ranks(config, models[0], models[1], plan, planner, of_terms, world_size, gpu_memory),
         follow=_follow(config, planner, plan),
         held_out_engine_bytes=models[0].engine_bytes if config.eval else 0,
     )
@@ -245,12 +253,14 @@ def _ranks(
     planner: Planner,
     outputs: OutputMemory,
     world_size: int,
+    gpu_memory: int,
 ) -> list[RankMemory]:
     """Ranks grouped by their stages of both models, in order of their first rank."""
+    vllm = config.rollout.vllm if config.rollout.engine == "vllm" else None
     held = [chunk.held_bytes(planner.state_bytes, planner.output_bytes) for chunk in plan.chunks]
     budget = None if config.distill.spool_bytes is None else int(config.distill.spool_bytes)
     engines = set(student.layout.spread(config.rollout.num_engines or student.layout.num_ranks))
-    if config.rollout.engine != "hf":  # vLLM in these processes is asleep while the models work
+    if config.rollout.engine != "hf":
         engines = set()
     groups: dict[tuple[int | None, int | None], list[int]] = {}
     for rank in range(world_size):
@@ -275,6 +285,8 @@ def _ranks(
                 spool=max(spooled),
                 outputs=max(outputs.of_rank(rank) for rank in ranks),
                 engine=student.engine_bytes if engines.intersection(ranks) else 0,
+                vllm=round(vllm.gpu_memory_utilization * gpu_memory) if vllm else 0,
+                vllm_on_host=student.engine_bytes // vllm.tp if vllm else 0,
                 spool_on_host=config.distill.spool == "host",
             )
         )

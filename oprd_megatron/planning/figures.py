@@ -14,6 +14,9 @@ from oprd_megatron.parallel.layout import GridLayout
 from oprd_megatron.parallel.memory import StageMemory
 from oprd_megatron.representation.layer_map import LayerPair
 
+GPU_MEMORY = 80 * 10**9
+"""Bytes of a GPU that a plan may fill, where nobody says. An H100 has 85e9; the rest is for CUDA and NCCL."""
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -155,7 +158,9 @@ class RankMemory:
         activations: of the model that has more: they take turns.
         spool: teacher states and outputs.
         outputs: the teacher's head for output terms, logits of a few tokens, and the gradient of the student's head.
-        engine: the rollout engine's copy of the student.
+        engine: the embedded rollout engine's copy of the student.
+        vllm: a colocated vLLM's share of the GPU, while it writes; then it sleeps, and gives all of it back.
+        vllm_on_host: its sleeping weights, in host memory.
         spool_on_host: the spool is not device memory.
     """
 
@@ -169,13 +174,25 @@ class RankMemory:
     spool: int
     outputs: int
     engine: int
+    vllm: int
+    vllm_on_host: int
     spool_on_host: bool
 
     @property
-    def device_bytes(self) -> int:
-        """All of it that is in device memory."""
+    def learning_bytes(self) -> int:
+        """Of device memory, while teacher and student work."""
         spool = 0 if self.spool_on_host else self.spool
         return self.teacher + self.student + self.activations + spool + self.outputs + self.engine
+
+    @property
+    def writing_bytes(self) -> int:
+        """Of device memory, while responses are written."""
+        return self.teacher + self.student + self.engine + self.vllm
+
+    @property
+    def device_bytes(self) -> int:
+        """The most device memory."""
+        return max(self.learning_bytes, self.writing_bytes)
 
 
 @dataclass(frozen=True)
@@ -214,6 +231,11 @@ class RunPlan:
     ranks: list[RankMemory]
     follow: FollowStudent | None
     held_out_engine_bytes: int
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The ranks that need the most device memory."""
+        return max(self.ranks, key=lambda rank: rank.device_bytes)
 
     @property
     def shares_ranks(self) -> bool:

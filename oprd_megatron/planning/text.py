@@ -8,20 +8,24 @@ from itertools import groupby
 
 from oprd_megatron.parallel.layout import Coords, GridLayout
 from oprd_megatron.planning.figures import FollowStudent, ModelPlan, OutputTraffic, RunPlan
+from oprd_megatron.planning.step_time import StepTimes
 
 WIDTH = 100
 SMALL_WORLD = 16
 """Up to so many ranks every rank is listed."""
+ENGINE = "engine: the embedded rollout engine's whole copy of the student, without its cache."
 RANKS_SHOWN = 8
 """Ranks of a stage that are named one by one."""
 
 
-def plan_text(plan: RunPlan) -> str:
-    """The whole plan."""
+def plan_text(plan: RunPlan, times: StepTimes | None = None) -> str:
+    """The whole plan, and about how long a step takes."""
     sections = [_head(plan), _grid("teacher", plan.teacher, plan), _grid("student", plan.student, plan)]
     if plan.world_size <= SMALL_WORLD:
         sections.append(_every_rank(plan))
     sections += [_layer_map(plan), _traffic(plan), _memory(plan)]
+    if times is not None:
+        sections.append(_times(times))
     return "\n\n".join("\n".join(line.rstrip() for line in lines) for lines in sections)
 
 
@@ -226,23 +230,32 @@ def _memory(plan: RunPlan) -> list[str]:
     lines.append("")
     place = "host spool" if plan.batch.spool == "host" else "spool"
     outputs = plan.traffic.outputs is not None
-    names = ("teacher", "student", "activations", place, *["outputs"] * outputs, "engine", "in all")
+    has_vllm = any(rank.vllm for rank in plan.ranks)
+    names = (
+        "teacher",
+        "student",
+        "activations",
+        place,
+        *["outputs"] * outputs,
+        "vLLM" if has_vllm else "engine",
+        "in all",
+    )
     wide = [12 if column == "activations" else 11 for column in names]
     lines.append(f"  {'ranks':<14}{'stages':<6}" + "".join(f"{c:>{w}}" for c, w in zip(names, wide, strict=True)))
     for rank in plan.ranks:
         stages = f"{_stage(rank.teacher_stage)}, {_stage(rank.student_stage)}"
         ranks = f"{rank.first_rank}.. ({rank.num_ranks})" if rank.num_ranks > 1 else str(rank.first_rank)
         figures = (
-            rank.teacher, rank.student, rank.activations, rank.spool, *[rank.outputs] * outputs, rank.engine,
-            rank.device_bytes,
+            rank.teacher, rank.student, rank.activations, rank.spool, *[rank.outputs] * outputs,
+            rank.vllm if has_vllm else rank.engine, rank.device_bytes,
         )  # fmt: skip
         lines.append(
             f"  {ranks:<14}{stages:<6}" + "".join(f"{_size(n):>{w}}" for n, w in zip(figures, wide, strict=True))
         )
     lines += _wrap(
-        "Stages are the teacher's and the student's. The models take turns, so the larger activations count. engine: the "
-        "embedded rollout engine's whole copy of the student, without its cache. Not in it: CUDA and NCCL (a few GiB), "
-        "workspaces.",
+        "Stages are the teacher's and the student's. The models take turns, so the larger activations count. "
+        + (_vllm(plan) if has_vllm else ENGINE)
+        + " Not in it: CUDA and NCCL (a few GiB), workspaces.",
         "  ",
     )
     if outputs:
@@ -258,6 +271,40 @@ def _memory(plan: RunPlan) -> list[str]:
             "  ",
         )
     return lines
+
+
+def _vllm(plan: RunPlan) -> str:
+    asleep = max(rank.vllm_on_host for rank in plan.ranks)
+    return (
+        "vLLM: its share of the GPU (gpu_memory_utilization), in turn with activations, spool and outputs, so the larger of "
+        f"both counts; asleep it leaves {size(asleep)} of weights in host memory."
+    )
+
+
+def _times(times: StepTimes) -> list[str]:
+    """A row for each batch, a column for each phase."""
+    phases = ("rollout", "teacher", "exchange", "student", "update", "sync")
+    lines = [
+        "TIME OF A STEP, ESTIMATED  (seconds, from assumed rates of H100s, or those of --cluster)",
+        f"  {'responses':<24}{'tokens':>11}" + "".join(f"{phase:>9}" for phase in (*phases, "step")),
+    ]
+    for time in (times.typical, times.longest):
+        length = f"median {time.median_tokens:,} tokens" if time.median_tokens else "all as long as allowed"
+        seconds = [getattr(time, phase) for phase in phases]
+        row = "".join(f"{number:>9.1f}" for number in (*seconds, time.whole))
+        lines.append(f"  {length:<24}{time.tokens:>11,}{row}")
+    rates = times.cluster
+    engines = f"{times.engines} rollout {_many('engine', times.engines)} on {times.engine_gpus} "
+    engines += f"{_many('GPU', times.engine_gpus)} each, {times.engine_slots} sequences at a time"
+    text = (
+        f"{engines if times.engines else 'text is recorded'}; {rates.teacher_flops / 1e12:.0f} TFLOP/s (fp8 "
+        f"{rates.teacher_fp8_flops / 1e12:.0f}) in the teacher, {rates.student_flops / 1e12:.0f} in the student, "
+        f"{rates.link_bytes_per_second / 1e9:.0f} GB/s between machines. Not in it: attention's FLOPs, stragglers, evaluation, "
+        "checkpoints."
+    )
+    if times.learners_overlap:
+        text += " Teacher and student work at the same time, chunk by chunk: the slower one counts."
+    return lines + _wrap(text, "  ")
 
 
 def size(number: int) -> str:
