@@ -32,8 +32,8 @@ from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import clear, forget
 from oprd_megatron.rollout.build import prepare_engine
-from oprd_megatron.run_directory import CONFIG_FILE
-from oprd_megatron.run_facts import ENVIRONMENT_FILE, PLAN_FILE, environment, planned_text, world_hosts
+from oprd_megatron.run_facts import environment, planned_text, world_hosts
+from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
 from oprd_megatron.stopping import Stopping
 from oprd_megatron.trainer import Trainer, export_student
 

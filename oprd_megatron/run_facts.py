@@ -19,7 +19,6 @@ from oprd_megatron.config import RunConfig
 from oprd_megatron.errors import UserError
 from oprd_megatron.planning import plan_run, plan_text
 
-ENVIRONMENT_FILE, PLAN_FILE = "environment.json", "plan.txt"
 PACKAGES = ("oprd-megatron", "torch", "megatron-core", "transformers", "transformer-engine", "vllm")
 
 
