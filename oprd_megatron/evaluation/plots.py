@@ -254,7 +254,7 @@ def log_if_wide(axis: Axes, values: np.ndarray) -> None:
 
 def _label_ticks(set_ticks: Any, labels: Sequence[int], most: int) -> None:
     """Ticks at the cells' indices, named by what the cells stand for; at most so many."""
-    indices = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), most)).round().astype(int))
+    indices = range(0, len(labels), -(-len(labels) // most))
     set_ticks(indices, [str(labels[index]) for index in indices])
 
 

@@ -133,7 +133,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: ap
 
 @needs_chromium
 def test_a_browser_shows_the_figures(live_run, tmp_path, width=500):
-    """The screenshot has the lines' colours, at nearly the width of a phone (Chromium's least), and nothing is wider than that."""
+    """The screenshot has the lines' colours at nearly a phone's width (Chromium's least), and nothing is wider than that."""
     picture = tmp_path / "page.png"
     with served(live_run) as port:
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", f"--window-size={width},4000"]
