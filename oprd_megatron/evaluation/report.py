@@ -36,12 +36,12 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def render(run_dir: Path, live: bool = False) -> str:
+def render(run_dir: Path, version: str | None = None) -> str:
     """The page.
 
     Args:
         run_dir: of the run; metrics.jsonl has to be there, config.yaml, plan.txt and environment.json are shown if they are.
-        live: the page is served, and refreshes itself (`serve.py`).
+        version: of a page that is served and refreshes itself (`serve.py`); None for one that stays as it is.
 
     Raises:
         UserError: the directory holds no metrics.
@@ -55,7 +55,7 @@ def render(run_dir: Path, live: bool = False) -> str:
     total = config.get("run", {}).get("steps")
     return template("report.html.j2").render(
         title=run_dir.resolve().name,
-        live=live,
+        version=version,
         status=Status.of(records, total, age_of(run_dir / METRICS_FILE)),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         headlines=_headlines(records),

@@ -13,8 +13,8 @@ from oprd_megatron.errors import UserError
 from oprd_megatron.logging import METRICS_FILE, read_records
 
 RECENT_STEPS = 50
-QUIET_SECONDS, QUIET_STEPS = 180.0, 10
-"""A run that has said nothing for so long, and for as long as so many of its steps take, may be gone."""
+QUIET_SECONDS, QUIET_TIMES = 180.0, 5
+"""A run that has said nothing for so long, and so many times as long as its slowest step or evaluation took, may be gone."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,20 @@ class RunRecords:
         first step."""
         if not self.train:
             return None
-        steps = [sum(record.get("seconds", {}).values()) for record in self.train[-RECENT_STEPS:]]
-        others = sum(record.get("seconds", 0.0) for record in [*self.evals, *self.benchmarks])
-        return (float(np.median(steps)) + others / self.step) * (total - self.step)
+        return (float(np.median(self._recent_seconds)) + sum(self._other_seconds) / self.step) * (total - self.step)
+
+    @property
+    def slowest(self) -> float:
+        """Seconds of the longest that a recent step, an evaluation or a benchmark took."""
+        return max([*self._recent_seconds, *self._other_seconds], default=0.0)
+
+    @property
+    def _recent_seconds(self) -> list[float]:
+        return [sum(record.get("seconds", {}).values()) for record in self.train[-RECENT_STEPS:]]
+
+    @property
+    def _other_seconds(self) -> list[float]:
+        return [record.get("seconds", 0.0) for record in [*self.evals, *self.benchmarks]]
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,7 @@ class Status:
             return cls(
                 "stopped", "stopped early", f"{steps}, because {records.stopped}; the same command goes on", done
             )
-        last = records.train[-1].get("seconds", {}) if records.train else {}
-        if age > max(QUIET_SECONDS, QUIET_STEPS * sum(last.values())):
+        if age > max(QUIET_SECONDS, QUIET_TIMES * records.slowest):
             return cls("quiet", "no news", f"{steps}; the last record is {duration(age)} old", done)
         left = records.seconds_left(total) if total else None
         return cls("running", "running", steps if left is None else f"{steps}, about {duration(left)} left", done)

@@ -52,7 +52,7 @@ class LivePage:
             version = self._due()
             if version != self._version:
                 start = time.monotonic()
-                self._html = self._draw()
+                self._html = self._draw(version)
                 now = time.monotonic()
                 self._version, self._not_before = version, now + PAUSE_SHARE * (now - start)
             return self._html
@@ -67,13 +67,12 @@ class LivePage:
         found = metrics.stat()
         return f"{found.st_size}-{found.st_mtime_ns}"
 
-    def _draw(self) -> str:
+    def _draw(self, version: str) -> str:
         try:
-            return render(self.run_dir, live=True)
+            return render(self.run_dir, version)
         except UserError as error:
-            return template("waiting.html.j2").render(
-                title=self.run_dir.resolve().name, reason=f"Nothing to show yet: {error}."
-            )
+            title, reason = self.run_dir.resolve().name, f"Nothing to show yet: {error}."
+            return template("waiting.html.j2").render(title=title, reason=reason, version=version)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -75,7 +75,7 @@ def test_a_page_is_drawn_when_the_metrics_changed_and_not_at_every_look(tmp_path
     """Of ten looks one draws; after a new record the next does, but not before a pause in proportion to the drawing."""
     run_dir = write_run(tmp_path, [train_record(1)])
     drawn = []
-    monkeypatch.setattr(serve, "render", lambda run_dir, live: drawn.append(1) or f"page {len(drawn)}")
+    monkeypatch.setattr(serve, "render", lambda run_dir, version: drawn.append(1) or f"page {len(drawn)}")
     monkeypatch.setattr(serve, "PAUSE_SHARE", 0)
     page = LivePage(run_dir)
     for _ in range(10):

@@ -10,6 +10,7 @@ from oprd_megatron.config.logging import LoggingConfig
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.logging import build, read_records
 from oprd_megatron.logging.scalars import scalars
+from oprd_megatron.preflight import preflight
 from tests.training.runs import tiny_values
 
 
@@ -19,14 +20,17 @@ def without(*missing):
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_one_line_with_the_command(monkeypatch, tracker):
-    """The command names the extra that brings it."""
+def test_a_tracker_that_is_not_installed_is_one_line_with_the_command(monkeypatch, tmp_path, tracker):
+    """The command names the extra that brings it; a run hears of it before its models are looked for."""
     monkeypatch.setattr(build, "find_spec", without(tracker))
     settings = LoggingConfig.model_validate({tracker: True if tracker == "tensorboard" else {}})
     command = rf"pip install 'oprd-megatron\[{tracker}\]'"
     with pytest.raises(ConfigError, match=rf"logging\.{tracker}: needs {tracker}.*{command}") as error:
         build.check_trackers(settings)
     assert "\n" not in str(error.value)
+    config = parse_config({**tiny_values(tmp_path), "logging": settings.model_dump()}, "test")
+    with pytest.raises(ConfigError, match=command):
+        preflight(config, 1)
     monkeypatch.setattr(build, "find_spec", without())
     build.check_trackers(settings)
 

@@ -2,8 +2,6 @@
 // unfolded stays unfolded, and the window stays where it is.
 "use strict";
 
-let shown = null;
-
 function inWords(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
@@ -12,8 +10,7 @@ function inWords(seconds) {
 async function look() {
   try {
     const state = await (await fetch("/state.json")).json();
-    if (shown !== null && state.version !== shown) await replacePage();
-    shown = state.version;
+    if (state.version !== document.querySelector("main").dataset.version) await replacePage();
     document.getElementById("age").textContent = state.age === null ? "" : `last record ${inWords(state.age)} ago`;
   } catch {
     document.getElementById("age").textContent = "the server of this page does not answer; this is what it said last";
