@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -143,14 +144,30 @@ def export(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Run directory; the run may still be going.")]) -> None:
-    """Write one HTML page with the run's curves, heat maps, samples and config: run_dir/report.html.
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory; the run may still be going.")],
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Show the page on this machine's loopback; it refreshes itself. Ctrl-C ends it."),
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: of 127.0.0.1; 0 takes a free one.")] = 8137,
+) -> None:
+    """Write one HTML page with the run's curves, heat maps, phases, memory, samples, plan and config: run_dir/report.html.
 
-    Example: `oprd report runs/quickstart`
+    With --serve nothing is written. From another machine: `ssh -L 8137:127.0.0.1:8137 HOST`.
+
+    Example: `oprd report runs/quickstart --serve`
     """
-    from oprd_megatron.evaluation.report import write_report
+    if not serve:
+        from oprd_megatron.evaluation.report import write_report
 
-    typer.echo(write_report(run_dir))
+        typer.echo(write_report(run_dir))
+        return
+    from oprd_megatron.evaluation.serve import make_server
+
+    with make_server(run_dir, port) as server, contextlib.suppress(KeyboardInterrupt):
+        typer.echo(f"http://127.0.0.1:{server.server_port}/ shows {run_dir}; Ctrl-C ends it")
+        server.serve_forever()
 
 
 @app.command()

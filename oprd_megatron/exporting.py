@@ -13,7 +13,7 @@ from checkpoints_conversion.convert.progress import Progress
 from oprd_megatron.checkpoint import find_checkpoint
 from oprd_megatron.config import load_config
 from oprd_megatron.errors import CheckpointError
-from oprd_megatron.run_directory import CONFIG_FILE
+from oprd_megatron.run_files import CONFIG_FILE
 
 HF_CONFIG = "config.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -18,17 +19,9 @@ from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.evaluation.several import Evaluation
 from oprd_megatron.evaluation.summary import print_summary
-from oprd_megatron.logging import (
-    METRICS_FILE,
-    JsonlLogger,
-    Logger,
-    Loggers,
-    ProgressLogger,
-    TensorBoardLogger,
-    read_records,
-    write_atomically,
-)
-from oprd_megatron.logging.memory import world_peak_memory_bytes
+from oprd_megatron.logging import METRICS_FILE, Loggers, read_records, write_atomically
+from oprd_megatron.logging.build import open_loggers
+from oprd_megatron.logging.memory import world_memory_mib, world_peak_memory_bytes
 from oprd_megatron.noise.gate import NoiseGate, gate_from_file
 from oprd_megatron.noise.measure import measured_gate, prompt_samples
 from oprd_megatron.parallel.agreement import together
@@ -41,7 +34,8 @@ from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import clear, forget
 from oprd_megatron.rollout.build import prepare_engine
-from oprd_megatron.run_directory import CONFIG_FILE
+from oprd_megatron.run_facts import environment, planned_text, world_hosts
+from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
 from oprd_megatron.stopping import Stopping
 from oprd_megatron.trainer import Trainer, export_student
 
@@ -97,7 +91,7 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
         record = trainer.step(step)
-        log(logger, record)
+        log(logger, {**record, "memory_mib": world_memory_mib(platform.device)})
         for line in noise_warnings(gates, record):
             messages.warning(line)
         progress = Progress(step + 1, trainer.weight_version)
@@ -120,6 +114,7 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
                 if dist.get_rank() == 0:
                     forget(config.run.dir / ROLLOUTS, progress.step)
         if reason:
+            log(logger, {"kind": "stopped", "step": progress.step, "reason": reason})
             logger.close()
             raise StoppedEarly(
                 f"step {progress.step} of {config.run.steps} because {reason}; a checkpoint is saved, the same command goes on"
@@ -206,21 +201,18 @@ def show_result(config: RunConfig) -> None:
 
 def open_run(config: RunConfig, progress: Progress, fresh: bool) -> Loggers:
     """Create the run directory and its loggers on rank 0; other ranks log to nobody. Collective."""
-    loggers: list[Logger] = []
-    folder = config.run.dir
+    loggers, folder = Loggers([]), config.run.dir
+    hosts = world_hosts()
     with together(f"preparing {folder}"):
         if dist.get_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / CONFIG_FILE, dump_config(config))
+            write_atomically(folder / ENVIRONMENT_FILE, json.dumps(environment(config, hosts), indent=1))
+            write_atomically(folder / PLAN_FILE, planned_text(config, hosts))
             if fresh:
                 clear(folder / ROLLOUTS)
-            loggers.append(JsonlLogger(folder / METRICS_FILE))
-            if config.logging.tensorboard:
-                loggers.append(TensorBoardLogger(folder / "tensorboard"))
-            if config.logging.progress:
-                loggers.append(ProgressLogger(config.run.steps))
-            Loggers(loggers).truncate_after(-1 if fresh else progress.step)
-    return Loggers(loggers)
+            loggers = open_loggers(config, None if fresh else progress.step)
+    return loggers
 
 
 def log(logger: Loggers, record: dict[str, Any]) -> None:

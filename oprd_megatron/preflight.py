@@ -20,6 +20,7 @@ from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.cross_tokenizer.end_of_turn import teacher_end_id as end_of_turn
 from oprd_megatron.cross_tokenizer.retokenize import Retokenizer, check_shared_boundaries
 from oprd_megatron.errors import ConfigError, UserError
+from oprd_megatron.logging.build import check_trackers
 from oprd_megatron.models.spec import has_transformer_engine, refuse_for_transformer_engine
 from oprd_megatron.noise.gate import gate_from_file
 from oprd_megatron.parallel.layout import GridLayout
@@ -138,7 +139,10 @@ def preflight(config: RunConfig, world_size: int, starts_run: bool = True) -> Ch
     Raises:
         UserError: one line: what, where, what to do.
     """
-    resume_from = check_run_dir(config) if starts_run else None
+    resume_from = None
+    if starts_run:
+        check_trackers(config.logging)
+        resume_from = check_run_dir(config)
     if not config.teachers:
         checked = check_models(config, world_size, starts_run, resume_from)
         other = checked.teacher_tokenizer

@@ -13,9 +13,7 @@ from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.preflight_teachers import identity
-
-CONFIG_FILE = "config.yaml"
-"""The resolved config, saved in the run directory."""
+from oprd_megatron.run_files import CONFIG_FILE
 
 BYTES_ON_DISK_PER_PARAMETER = 16
 

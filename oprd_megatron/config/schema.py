@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.benchmark import BenchmarkConfig
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
+from oprd_megatron.config.logging import LoggingConfig
 from oprd_megatron.config.output import OutputConfig
 from oprd_megatron.config.precision import PrecisionConfig, check_roles
 from oprd_megatron.config.rollout import PromptsConfig, RolloutConfig
@@ -203,18 +204,6 @@ class EvalConfig(Strict):
     """Sequences scored at a time."""
     samples: Annotated[int, Field(ge=0)] = 3
     """Student answers (greedy) shown before and after."""
-
-
-class LoggingConfig(Strict):
-    """metrics.jsonl is always written to the run directory."""
-
-    tensorboard: bool = True
-    """Also write TensorBoard event files to <run.dir>/tensorboard."""
-    progress: bool = True
-    """Progress bar on rank 0."""
-    gradient_norms_every: Annotated[int, Field(ge=0)] = 0
-    """Measure the gradient norm of each term of the loss by itself every so many steps; costs a pass of both models for each
-    term. 0 never."""
 
 
 class RunSection(Strict):

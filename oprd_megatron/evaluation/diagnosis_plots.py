@@ -1,5 +1,5 @@
 """The report's figures about next-token distributions, the terms of the loss, and where in a response states are alike. As in
-`plots.py`: records in, one inline SVG out, or None where there is nothing to show."""
+`plots.py`: records in, inline SVGs out, or None where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from oprd_megatron.evaluation.plots import (
     BLUE,
+    COLORS,
     GRAY,
     GREEN,
     ORANGE,
@@ -19,8 +20,6 @@ from oprd_megatron.evaluation.plots import (
     make_axes,
     to_svg,
 )
-
-COLORS = (BLUE, ORANGE, GREEN, "#c65bcf", "#e5534b", "#c9a227", "#38b2c9", GRAY)
 
 
 def terms_plot(train: Records, evals: Records) -> str | None:
@@ -37,7 +36,7 @@ def terms_plot(train: Records, evals: Records) -> str | None:
     every = dict.fromkeys(name for _, records, key in shown for record in records for name in record[key])
     colors = dict(zip(every, COLORS * len(every), strict=False))
     with matplotlib.rc_context(STYLE):
-        figure, axes = make_axes(len(shown))
+        figures, axes = make_axes(len(shown))
         for axis, (title, records, key) in zip(axes, shown, strict=True):
             names = [name for name in colors if any(name in record[key] for record in records)]
             for name in names:
@@ -45,7 +44,7 @@ def terms_plot(train: Records, evals: Records) -> str | None:
             log_if_wide(axis, np.concatenate([column(records, key, name) for name in names]))
             axis.set(title=title, xlabel="step")
             axis.legend(fontsize=8)
-        return to_svg(figure)
+        return to_svg(figures)
 
 
 def distributions_plot(evals: Records) -> str | None:
@@ -55,7 +54,7 @@ def distributions_plot(evals: Records) -> str | None:
         return None
     overlap = column(records, "top_overlap")
     with matplotlib.rc_context(STYLE):
-        figure, axes = make_axes(1 if np.isnan(overlap).all() else 2)
+        figures, axes = make_axes(1 if np.isnan(overlap).all() else 2)
         line(axes[0], records, column(records, "student_entropy"), BLUE, "student")
         if not np.isnan(column(records, "teacher_entropy")).all():
             line(axes[0], records, column(records, "teacher_entropy"), ORANGE, "teacher")
@@ -64,7 +63,7 @@ def distributions_plot(evals: Records) -> str | None:
         if len(axes) > 1:
             line(axes[1], records, overlap, GREEN)
             axes[1].set(title="top-16 tokens in common, share", xlabel="step")
-        return to_svg(figure)
+        return to_svg(figures)
 
 
 def curves_plot(evals: Records) -> str | None:
@@ -73,7 +72,7 @@ def curves_plot(evals: Records) -> str | None:
     if not records:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = make_axes(2)
+        figures, axes = make_axes(2)
         for axis, end in zip(axes, ("first", "last"), strict=True):
             for record, color in ((records[0], GRAY), (records[-1], BLUE))[-len(records) :]:
                 curve = record["curves"]
@@ -83,4 +82,4 @@ def curves_plot(evals: Records) -> str | None:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.set(title=f"cosine over the {end} k tokens", xlabel="k")
             axis.legend()
-        return to_svg(figure)
+        return to_svg(figures)

@@ -5,8 +5,9 @@ Works on a run that is still going or was stopped: what has not been measured ye
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +16,14 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
-from oprd_megatron.errors import UserError
-from oprd_megatron.evaluation import diagnosis_plots, plots
-from oprd_megatron.logging import METRICS_FILE, read_records, write_atomically
-
-
-@dataclass(frozen=True)
-class RunRecords:
-    """The records of a run's metrics.jsonl, by kind and in order; `summary` is None until the run has ended."""
-
-    train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]
-    summary: dict[str, Any] | None
-
-    @classmethod
-    def read(cls, run_dir: Path) -> RunRecords:
-        """Read <run_dir>/metrics.jsonl.
-
-        Raises:
-            UserError: there is no such file, or it holds no record.
-        """
-        path = run_dir / METRICS_FILE
-        records = read_records(path)
-        if not records:
-            raise UserError(f"{path}: holds no record yet; train at least one step or evaluate first")
-        of_kind = {kind: [r for r in records if r.get("kind") == kind] for kind in ("train", "eval", "summary")}
-        # A run that was extended after it ended has a summary of its earlier end: not this one's.
-        last_step = max(record["step"] for record in records)
-        summaries = [record for record in of_kind["summary"] if record["step"] == last_step]
-        return cls(of_kind["train"], of_kind["eval"], summaries[-1] if summaries else None)
+from oprd_megatron.evaluation import diagnosis_plots, plots, run_plots
+from oprd_megatron.evaluation.run_records import RunRecords, Status, age_of, duration
+from oprd_megatron.logging import METRICS_FILE, write_atomically
+from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write <run_dir>/report.html from the run's metrics.jsonl and config.yaml.
+    """Write <run_dir>/report.html from what the run has written so far.
 
     Returns:
         Path of the page. It replaces an older one as a whole.
@@ -55,11 +31,47 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         UserError: the directory holds no metrics.
     """
-    run_dir = Path(run_dir)
+    path = Path(run_dir, "report.html")
+    write_atomically(path, render(Path(run_dir)))
+    return path
+
+
+def render(run_dir: Path, version: str | None = None) -> str:
+    """The page.
+
+    Args:
+        run_dir: of the run; metrics.jsonl has to be there, config.yaml, plan.txt and environment.json are shown if they are.
+        version: of a page that is served and refreshes itself (`serve.py`); None for one that stays as it is.
+
+    Raises:
+        UserError: the directory holds no metrics.
+    """
     records = RunRecords.read(run_dir)
-    config_file = run_dir / "config.yaml"
-    config_text = config_file.read_text() if config_file.exists() else ""
-    config = yaml.safe_load(config_text) or {}
+    texts = {
+        name: path.read_text(encoding="utf-8") if (path := run_dir / name).exists() else ""
+        for name in (CONFIG_FILE, PLAN_FILE, ENVIRONMENT_FILE)
+    }
+    config = yaml.safe_load(texts[CONFIG_FILE]) or {}
+    total = config.get("run", {}).get("steps")
+    return template("report.html.j2").render(
+        title=run_dir.resolve().name,
+        version=version,
+        status=Status.of(records, total, age_of(run_dir / METRICS_FILE)),
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        headlines=_headlines(records),
+        sections=_sections(records),
+        samples=_samples(records.evals),
+        facts=_facts(records, config),
+        surroundings=_surroundings(json.loads(texts[ENVIRONMENT_FILE] or "{}")),
+        texts=[
+            ("plan", "Plan", "What `oprd plan` says of this run.", texts[PLAN_FILE]),
+            ("config", "Configuration", "Every setting, as it came to.", texts[CONFIG_FILE]),
+        ],
+    )
+
+
+def template(name: str) -> jinja2.Template:
+    """One of `templates/`; what goes into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("oprd_megatron.evaluation"),
         autoescape=True,
@@ -67,26 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(
-        title=run_dir.resolve().name,
-        status=_status(records, config),
-        headlines=_headlines(records),
-        sections=_sections(records),
-        samples=_samples(records.evals),
-        facts=_facts(records, config),
-        config_text=config_text,
-    )
-    path = run_dir / "report.html"
-    write_atomically(path, page)
-    return path
-
-
-def _status(records: RunRecords, config: dict[str, Any]) -> str:
-    """How far the run is, in a few words."""
-    done = records.train[-1]["step"] if records.train else 0
-    total = config.get("run", {}).get("steps")
-    steps = f"{done} of {total} steps" if total else f"{done} steps"
-    return f"{steps}, {'finished' if records.summary else 'not finished when this page was written'}"
+    return environment.get_template(name)
 
 
 def _headlines(records: RunRecords) -> list[dict[str, Any]]:
@@ -150,7 +143,8 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
             diagnosis_plots.distributions_plot(evals),
         ),
         ("Responses", "Text that the student sampled to be trained on.", plots.response_plot(train)),
-        ("Time", "Where each step's seconds went.", plots.time_plot(train)),
+        ("Time", "Where the seconds of rank 0 went, phase by phase.", run_plots.time_plot(train)),
+        ("Memory", "Of each rank's process on CPU; of its share of the GPU on CUDA.", run_plots.memory_plot(train)),
         ("Optimizer", "The gradient norm is taken before clipping.", plots.optimizer_plot(train)),
     ]
     if drift is not None:  # the run has a bridge
@@ -163,11 +157,15 @@ def _sections(records: RunRecords) -> list[dict[str, Any]]:
     if terms is not None:
         caption = "Every term by itself, without its weight; the representation loss is called oprd."
         figures.insert(2, ("Terms of the loss", caption, terms))
+    benchmarks = run_plots.benchmark_plot(records.benchmarks)
+    if benchmarks is not None:
+        caption = "Problems with known answers, asked again every so many steps with the same random numbers. Higher is better."
+        figures.insert(0, ("Benchmarks", caption, benchmarks))
     several = _of_teachers(records)
     if several:  # layers are each teacher's own
         figures = [figure for figure in figures if figure[0] not in ("Cosine per layer", "Layers at the end")] + several
     return [
-        {"title": title, "id": _slug(title), "caption": caption, "svg": None if svg is None else Markup(svg)}
+        {"title": title, "id": _slug(title), "caption": caption, "svg": svg and Markup(svg)}
         for title, caption, svg in figures
     ]
 
@@ -212,14 +210,14 @@ def _facts(records: RunRecords, config: dict[str, Any]) -> list[tuple[str, str]]
     facts.append(("steps", f"{train[-1]['step'] if train else 0}"))
     if summary:
         facts += [
-            ("wall time", _duration(summary["wall_seconds"])),
+            ("wall time", duration(summary["wall_seconds"])),
             ("peak memory, all ranks", f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"),
             ("ranks", f"{summary['ranks']}"),
             ("exported student", summary["export"] or "none"),
         ]
     if train:
         facts += [
-            ("time in training steps", _duration(seconds)),
+            ("time in training steps", duration(seconds)),
             ("supervised tokens", f"{np.nansum(plots.column(train, 'supervised_tokens')):,.0f}"),
             ("tokens per second, last step", f"{plots.column(train, 'tokens_per_second')[-1]:,.0f}"),
         ]
@@ -231,15 +229,24 @@ def _facts(records: RunRecords, config: dict[str, Any]) -> list[tuple[str, str]]
     return facts
 
 
+def _surroundings(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of environment.json: (name, value) to show."""
+    if not environment:
+        return []
+    hosts = ", ".join(f"{host} ({ranks})" for host, ranks in environment["hosts"].items())
+    return [
+        ("started", environment["started"].replace("T", " ").replace("+00:00", " UTC")),
+        ("ranks", str(environment["ranks"])),
+        ("machines, with their ranks", hosts),
+        ("device", environment["device"]),
+        ("commit", environment["commit"] or "not from a git checkout"),
+        ("Python", environment["python"]),
+        *environment["versions"].items(),
+    ]
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.1 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
 def _slug(title: str) -> str:

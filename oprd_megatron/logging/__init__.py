@@ -1,12 +1,12 @@
 """What a run writes down: one record (a dict) a step, given to every `Logger` of rank 0.
 
-`memory` is imported by its own name; it is the only module here that needs torch.
+`build` makes the loggers that a config asks for. It, the trackers (each needs a package of its own) and `memory` (which needs
+torch) are imported by their own names.
 """
 
 from oprd_megatron.logging.base import Logger, Loggers
 from oprd_megatron.logging.jsonl import METRICS_FILE, JsonlLogger, read_records, write_atomically
 from oprd_megatron.logging.progress import ProgressLogger
-from oprd_megatron.logging.tensorboard import TensorBoardLogger
 
 __all__ = [
     "METRICS_FILE",
@@ -14,7 +14,6 @@ __all__ = [
     "Logger",
     "Loggers",
     "ProgressLogger",
-    "TensorBoardLogger",
     "read_records",
     "write_atomically",
 ]

@@ -10,10 +10,11 @@ class Logger(Protocol):
     """Takes records such as `{"kind": "train", "step": 3, "loss": 0.2, "layers": {"student": [1, 2], ..}}`."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write one record. Its "kind" is train, eval or summary; its "step" counts finished optimizer steps."""
+        """Write one record. Its "kind" is train, eval, benchmark, stopped or summary; its "step" counts finished steps."""
 
     def truncate_after(self, step: int) -> None:
-        """Forget everything after `step`: a resumed run is about to write those steps again."""
+        """Forget everything after `step`: a resumed run is about to write those steps again. Who cannot forget does not write
+        them again (`told.py`)."""
 
     def close(self) -> None:
         """Flush and release. Nothing is logged afterwards."""

@@ -185,7 +185,13 @@ DEFAULTS = {
     "checkpoint": {"every": 50, "keep": None, "resume": "auto"},
     "eval": None,
     "benchmark": None,
-    "logging": {"tensorboard": True, "progress": True, "gradient_norms_every": 0},
+    "logging": {
+        "tensorboard": "auto",
+        "wandb": None,
+        "mlflow": None,
+        "progress": True,
+        "gradient_norms_every": 0,
+    },
 }
 EVAL_DEFAULTS = {"every": 10, "max_response_tokens": 64, "temperature": 1.0, "micro_batch_size": 4, "samples": 3}
 EVERYTHING = {
@@ -297,7 +303,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 25
+    assert len(models) == 27
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"

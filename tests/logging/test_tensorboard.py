@@ -3,7 +3,7 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from oprd_megatron.logging import TensorBoardLogger
+from oprd_megatron.logging.tensorboard import TensorBoardLogger
 
 RECORD = {
     "kind": "train",

@@ -15,7 +15,7 @@ import oprd_megatron.loop
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
-from oprd_megatron.run_directory import CONFIG_FILE
+from oprd_megatron.run_files import CONFIG_FILE
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model, tiny_tokenizer
 from tests.training.runs import changed, train_on_rank, train_run, with_layout
