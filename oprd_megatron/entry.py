@@ -38,7 +38,7 @@ def one_line_errors() -> Iterator[None]:
         kind = "stopped" if isinstance(error, StoppedEarly) else "error"
         print(f"{kind}: {error}" if rank == "0" else f"{kind} on rank {rank}: {error}", file=sys.stderr)
         for child in multiprocessing.active_children():  # mcore's checkpoint writer would outlive this process
-            child.terminate()
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
