@@ -8,25 +8,22 @@
 Until then the directory ends in .incomplete, and nothing reads it. What a background save needs of memory: on a GPU a copy of
 this rank's share in host memory; on a CPU the pages that training changes meanwhile, which are copied as they change.
 
-A writer dies with its rank, also by SIGKILL, so that it cannot write into what a next life makes. It does not heed what asks a
-run to stop: its rank does, and waits for it.
+A writer lives as long as its rank (`writer_processes.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -50,11 +47,10 @@ from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.retention import Figures, figures_of, read_figures, step_of
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import forget
+from oprd_megatron.writer_processes import as_writer, results_queue
 
 LEAVING_SECONDS = 10.0
 """How long a rank that ends with an error waits for all others to do the same."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux' prctl: a signal for when the parent dies."""
 
 
 class Saver:
@@ -112,6 +108,10 @@ class Saver:
         """
         self.finish()
         background = self.config.checkpoint.asynchronous
+        if (
+            filesystem_async._results_queue is None
+        ):  # mcore's own would end with the first SIGTERM, and outlive a killed rank
+            filesystem_async._results_queue = results_queue()
         with here.phase("checkpoint"):
             final, request = write_checkpoint(
                 self.config, student, optimizer, progress, self.platform, average, background
@@ -123,7 +123,7 @@ class Saver:
                 self._publish(final)
                 return
             if request.async_fn is not None:
-                request = request._replace(async_fn=partial(_as_writer, os.getpid(), request.async_fn))
+                request = request._replace(async_fn=partial(as_writer, os.getpid(), request.async_fn))
             with self.platform.scope():
                 self._calls.schedule_async_request(request)
             self._pending = final
@@ -170,17 +170,3 @@ class Saver:
             time.sleep(0.05)
             there = store.add(key, 0)
         return there == dist.get_world_size()
-
-
-def _as_writer(parent: int, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """What runs in the forked process: it, and those that it forks, die with their parent, and ignore what asks to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    os.register_at_fork(after_in_child=_die_with_parent)
-    _die_with_parent()
-    if os.getppid() == parent:  # else it was dead before it was watched
-        write(*args, **kwargs)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -105,14 +105,14 @@ def test_whom_the_others_wait_for() -> None:
 def an_engine_that_does_not_answer(values: dict[str, Any], rank: int) -> None:
     """Training; rank 1's engine stops in the second step."""
     os.environ["WORLD_SIZE"] = "2"
-    generate = HFEngine.generate
+    generate = HFEngine._generate_batch
 
-    def never(self: HFEngine, requests: Any, params: Any, step: int) -> Any:
+    def never(self: HFEngine, requests: Any, params: Any, step: int, version: int) -> Any:
         if step == 1 and rank == 1:
             in_an_endless_loop()
-        return generate(self, requests, params, step)
+        return generate(self, requests, params, step, version)
 
-    HFEngine.generate = never  # type: ignore[method-assign]
+    HFEngine._generate_batch = never  # type: ignore[method-assign]
     train_on_rank(values)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from oprd_megatron.stopping import time_limit
 from tests.training.runs import changed, student_tensors, train_records, train_run, with_layout
 
 
-def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    """`oprd train` of it, as a user starts it."""
+def start(
+    values: dict[str, Any], folder: Path, program: Sequence[str] = ("-m", "oprd_megatron.cli", "train")
+) -> subprocess.Popen[str]:
+    """`oprd train` of it, as a user starts it, or another program."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    program = [sys.executable, "-m", "oprd_megatron.cli", "train", str(path)]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *program, str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
