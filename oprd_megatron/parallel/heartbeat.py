@@ -177,6 +177,7 @@ class _Heart:
         return (rank + 1) % self.world_size
 
     def _leave(self, verdict: Verdict) -> None:
+        self.stopped.set()
         speaker = "error" if self.rank == 0 else f"error on rank {self.rank}"
         why = "" if verdict.report else "; its own output says why"
         sys.stderr.write(verdict.report if self.rank == 0 else "")

@@ -11,9 +11,8 @@ from typing import Any
 
 from oprd_megatron.parallel.activity import Place, here
 from oprd_megatron.parallel.hang import Hang, as_ranges, hang_line, hang_report, odd_ranks, who_dumps
-from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.rollout.hf_engine import HFEngine
-from tests.parallel.test_heartbeat import BEAT, SILENT, run_world, wait_for
+from tests.parallel.test_heartbeat import run_world, wait_for
 from tests.training.runs import changed, train_on_rank, with_layout
 
 HANG = 2.0
@@ -27,18 +26,17 @@ def in_an_endless_loop() -> None:
         time.sleep(0.01)
 
 
-def rank_1_loops(folder: Path, rank: int) -> None:
-    with heartbeat(BEAT, SILENT, Hang(HANG, folder)):
-        here.step = 4
-        with here.phase("student"):
-            if rank == 1:
-                in_an_endless_loop()
-            wait_for(1)
+def rank_1_loops(rank: int) -> None:
+    here.step = 4
+    with here.phase("student"):
+        if rank == 1:
+            in_an_endless_loop()
+        wait_for(1)
 
 
 def test_the_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
     """In one line on every rank; rank 0 also prints who is where, and the odd rank's stack is kept."""
-    ended = run_world(tmp_path, functools.partial(rank_1_loops, tmp_path / "hang"))
+    ended = run_world(tmp_path, rank_1_loops, hang=Hang(HANG, tmp_path / "hang"))
     assert [rank.code for rank in ended] == [1, 1, 1]
     for rank in ended:
         assert len(rank.errors) == 1 and "Traceback" not in rank.stderr
@@ -57,29 +55,28 @@ def test_the_rank_that_others_wait_for_is_named(tmp_path: Path) -> None:
     assert ended[0].stderr.startswith((folder / "report.txt").read_text())
 
 
-def rank_1_is_slow(folder: Path, rank: int) -> None:
-    with heartbeat(BEAT, SILENT, Hang(HANG, folder)):
-        end = time.monotonic() + 2.5 * HANG
-        while time.monotonic() < end:
-            time.sleep(HANG / 8)
-            if rank == 1:
-                here.mark()
+def rank_1_is_slow(rank: int) -> None:
+    end = time.monotonic() + 2.5 * HANG
+    while time.monotonic() < end:
+        time.sleep(HANG / 8)
+        if rank == 1:
+            here.mark()
 
 
 def test_one_rank_that_moves_is_progress(tmp_path: Path) -> None:
     """A long rollout on one rank, for which all others wait, is no hang."""
-    ended = run_world(tmp_path, functools.partial(rank_1_is_slow, tmp_path / "hang"))
+    ended = run_world(tmp_path, rank_1_is_slow, hang=Hang(HANG, tmp_path / "hang"))
     assert [rank.code for rank in ended] == [0, 0, 0], ended[0].stderr
 
 
-def alone_and_silent(folder: Path, rank: int) -> None:
-    with heartbeat(BEAT, SILENT, Hang(HANG, folder)), here.phase("rollout"):
+def alone_and_silent(rank: int) -> None:
+    with here.phase("rollout"):
         in_an_endless_loop()
 
 
 def test_a_single_rank_can_hang_too(tmp_path: Path) -> None:
     """Nobody watches it but itself."""
-    [ended] = run_world(tmp_path, functools.partial(alone_and_silent, tmp_path / "hang"), size=1)
+    [ended] = run_world(tmp_path, alone_and_silent, size=1, hang=Hang(HANG, tmp_path / "hang"))
     assert ended.code == 1
     assert "it stayed in phase rollout (at " in ended.errors[0]
 

@@ -23,6 +23,7 @@ import yaml
 
 from oprd_megatron.entry import one_line_errors
 from oprd_megatron.errors import UserError
+from oprd_megatron.parallel.hang import Hang
 from oprd_megatron.parallel.heartbeat import heartbeat
 from tests.ranks import PRELOAD
 from tests.training.runs import changed, train_records
@@ -52,12 +53,14 @@ class Ended:
         return [line for line in self.stderr.splitlines() if line.startswith("error")]
 
 
-def run_world(folder: Path, body: Callable[[int], None], size: int = 3, store: str = "file") -> list[Ended]:
+def run_world(
+    folder: Path, body: Callable[[int], None], size: int = 3, store: str = "file", hang: Hang | None = None
+) -> list[Ended]:
     """Run `body(rank)` on real gloo ranks inside a heartbeat and wait until all have ended by themselves, or time is up."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     where = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{free_port()}"
-    ranks = [context.Process(target=on_rank, args=(folder, where, rank, size, body)) for rank in range(size)]
+    ranks = [context.Process(target=on_rank, args=(folder, where, rank, size, body, hang)) for rank in range(size)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + ENDS_WITHIN
@@ -70,12 +73,14 @@ def run_world(folder: Path, body: Callable[[int], None], size: int = 3, store: s
     return [Ended(code, (folder / f"{rank}.stderr").read_text()) for rank, code in enumerate(codes)]
 
 
-def on_rank(folder: Path, where: str, rank: int, size: int, body: Callable[[int], None]) -> None:
+def on_rank(
+    folder: Path, where: str, rank: int, size: int, body: Callable[[int], None], hang: Hang | None = None
+) -> None:
     os.environ["RANK"] = str(rank)
     with open(folder / f"{rank}.stderr", "wb") as stderr:
         os.dup2(stderr.fileno(), sys.stderr.fileno())
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size)
-    with one_line_errors(), heartbeat(BEAT, SILENT):
+    with one_line_errors(), heartbeat(BEAT, SILENT, hang):
         body(rank)
 
 
