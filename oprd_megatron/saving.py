@@ -108,9 +108,8 @@ class Saver:
         """
         self.finish()
         background = self.config.checkpoint.asynchronous
-        if (
-            filesystem_async._results_queue is None
-        ):  # mcore's own would end with the first SIGTERM, and outlive a killed rank
+        # mcore's own queue would end with the first SIGTERM, and outlive a killed rank
+        if filesystem_async._results_queue is None:
             filesystem_async._results_queue = results_queue()
         with here.phase("checkpoint"):
             final, request = write_checkpoint(

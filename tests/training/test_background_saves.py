@@ -14,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from oprd_megatron.errors import UserError
-from oprd_megatron.retention import complete_checkpoints
+from oprd_megatron.retention import complete_checkpoints, step_of
 from oprd_megatron.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.training.runs import changed, student_tensors, train_on_rank, train_records, train_run, with_layout
@@ -56,12 +56,13 @@ def test_the_same_bytes_as_at_once(tmp_path: Path, values: dict[str, Any]) -> No
     assert (folder / TRACKER).read_text() == "4" and not list(folder.glob("*.incomplete"))
 
 
-def slow_writes() -> None:
-    """Every file of a checkpoint takes a while; it is noted in the checkpoint when all of them are on disk."""
+def slow_writes(seconds: float = SLOW_SECONDS, after: int = 0) -> None:
+    """Every file of a checkpoint takes a while, of those after a step."""
     write = FileSystemWriterAsync.write_preloaded_data
 
     def slowly(*args: Any, **kwargs: Any) -> None:
-        time.sleep(SLOW_SECONDS)
+        if step_of(Path(kwargs["write_bucket"][0]).parent.with_suffix("")) > after:
+            time.sleep(seconds)
         write(*args, **kwargs)
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(slowly)
@@ -159,15 +160,17 @@ from oprd_megatron.config import load_config
 if __name__ == "__main__":
     quiet_libraries()
     from tests.training.test_background_saves import slow_writes
-    slow_writes()
+    slow_writes(float(sys.argv[1]), after=2)
     from oprd_megatron.loop import train
     with one_line_errors():
-        train(load_config(sys.argv[1]))
+        train(load_config(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
-def test_a_signal_while_one_is_written(tmp_path: Path, values: dict[str, Any], number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 60), (signal.SIGTERM, 2)], ids=["kill", "term"])
+def test_a_signal_while_one_is_written(
+    tmp_path: Path, values: dict[str, Any], number: signal.Signals, seconds: int
+) -> None:
     """Killed: no half checkpoint counts, its writers are gone too, and the run goes on from the one before. Asked to stop, with
     all its processes: they finish."""
     values = saving(values, tmp_path / "run", asynchronous=True)
@@ -176,13 +179,13 @@ def test_a_signal_while_one_is_written(tmp_path: Path, values: dict[str, Any], n
     program = tmp_path / "slow.py"
     program.write_text(SLOW_PROGRAM)
     folder = tmp_path / "run" / "checkpoints"
-    process = start(values, tmp_path, program=[str(program)])
+    process, tree = start(values, tmp_path, program=[str(program), str(seconds)]), []
     deadline = time.monotonic() + 120
-    while not ((folder / TRACKER).exists() and list(folder.glob("*.incomplete/__0_*"))):
+    while not ((folder / "iter_0000004.incomplete").exists() and len(tree) >= 5):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        rank = psutil.Process(process.pid)  # its queue of results, its writer, and what that forked
+        tree = [rank, *rank.children(recursive=True)]
         time.sleep(0.02)
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert len(tree) >= 3, tree  # the rank, its writer and what that forked
     if number == signal.SIGKILL:
         process.kill()
     else:

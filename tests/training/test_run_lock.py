@@ -75,7 +75,7 @@ def take(folder: Path, wait: float, restart: str) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize(("wait", "restart", "taken"), [(60.0, "0", False), (60.0, "1", True), (0.5, "1", False)])
+@pytest.mark.parametrize(("wait", "restart", "taken"), [(60.0, "0", False), (5.0, "1", True), (0.5, "1", False)])
 def test_a_restart_waits_for_the_life_before_it(tmp_path: Path, wait: float, restart: str, taken: bool) -> None:
     """A first start does not wait; a restart does, for so long."""
     context = multiprocessing.get_context("forkserver")
