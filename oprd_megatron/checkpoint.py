@@ -1,7 +1,7 @@
 """Saving and resuming a run: mcore's torch_dist format in Megatron's directory layout.
 
     <run.dir>/checkpoints/
-        iter_0000010/                          written as iter_0000010.incomplete, renamed when complete
+        iter_0000010/                          written as iter_0000010.incomplete, renamed when complete (`saving.py`)
         latest_checkpointed_iteration.txt      replaced last
 
 A crash at any moment leaves the previous checkpoint whole and named by the tracker file. Weights and optimizer state are
@@ -18,13 +18,15 @@ step draws from the global random states; they are there for what users may add.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
+import json
 import pickle
 import random
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -43,13 +46,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.config import RunConfig, dump_config
+from oprd_megatron.config.checkpoint import CheckpointConfig
 from oprd_megatron.errors import CheckpointError
+from oprd_megatron.logging import write_atomically
 from oprd_megatron.models import Model
 from oprd_megatron.optimizer import StudentOptimizer
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.grid import as_parallel_state
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.bridge import Bridge
+from oprd_megatron.retention import FIGURES, INCOMPLETE, Figures, drop_others, remove, step_of
 
 FOLDER = "checkpoints"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -105,24 +111,34 @@ def find_checkpoint(path: Path) -> Path | None:
     return path if (path / "metadata.json").is_file() else latest_checkpoint(path)
 
 
-def save_checkpoint(
+def staging_of(final: Path) -> Path:
+    """Where a checkpoint is written until it is complete."""
+    return final.with_name(final.name + INCOMPLETE)
+
+
+def write_checkpoint(
     config: RunConfig,
     student: Model,
     optimizer: StudentOptimizer | None,
     progress: Progress,
     platform: Platform,
-    bridge: Bridge | None = None,
     average: AveragedTeacher | None = None,
-) -> Path:
-    """Write one checkpoint of a run. Collective over the world; `optimizer` is None on ranks without a student, `bridge` and
-    `average` where the run has none.
+    in_background: bool = False,
+) -> tuple[Path, AsyncRequest | None]:
+    """Write all that is sharded, and what mcore writes beside it, to a staging directory. Collective over the world;
+    `optimizer` is None on ranks without a student, `average` where the run has none.
+
+    Args:
+        in_background: leave the writing of tensors to the caller.
+
+    Returns:
+        Where the checkpoint belongs (see `publish_checkpoint`), and what is left to be written.
 
     Raises:
         CheckpointError, UserError: the disk is full or read-only; the previous checkpoint is untouched.
     """
-    folder = config.run.dir / FOLDER
-    final = folder / f"iter_{progress.step:07d}"
-    staging = folder / f"{final.name}.incomplete"
+    final = config.run.dir / FOLDER / f"iter_{progress.step:07d}"
+    staging = staging_of(final)
     with together(f"preparing {staging}"):
         if dist.get_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
@@ -138,22 +154,36 @@ def save_checkpoint(
             oprd={"weight_version": progress.weight_version, "config": dump_config(config)},
             rng_state=_random_state(),
         )
-        try:
-            dist_checkpointing.save(state, str(staging))
-        except UNREADABLE as error:
-            raise CheckpointError(
-                f"{staging}: cannot write the checkpoint ({_first_line(error)}); free disk space"
-            ) from None
-    with together(f"publishing {final}"):
-        if dist.get_rank() == 0:
-            if bridge is not None:
-                _save_bridge(bridge, staging / BRIDGE)
-            if final.exists():
-                shutil.rmtree(final)
-            staging.rename(final)
-            _replace_text(folder / TRACKER, str(progress.step))
-            _drop_old(folder, config.checkpoint.keep)
-    return final
+        with writing(staging):
+            return final, dist_checkpointing.save(state, str(staging), async_sharded_save=in_background)
+
+
+@contextlib.contextmanager
+def writing(staging: Path) -> Iterator[None]:
+    """What torch and mcore raise when they cannot write becomes a CheckpointError."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{staging}: cannot write the checkpoint ({_first_line(error)}); free disk space"
+        ) from None
+
+
+def add_to_checkpoint(final: Path, bridge: Bridge | None, figures: Figures) -> None:
+    """Put the bridge and the latest figures beside the tensors. On rank 0."""
+    staging = staging_of(final)
+    if bridge is not None:
+        _save_bridge(bridge, staging / BRIDGE)
+    write_atomically(staging / FIGURES, json.dumps(figures, indent=1))
+
+
+def publish_checkpoint(final: Path, section: CheckpointConfig) -> None:
+    """Make a checkpoint that is written the newest one, and drop what is not kept. On rank 0."""
+    if final.exists():
+        remove(final)
+    staging_of(final).rename(final)
+    write_atomically(final.parent / TRACKER, str(step_of(final)))
+    drop_others(final.parent, final, section.keep, section.keep_best)
 
 
 def _save_bridge(bridge: Bridge, path: Path) -> None:
@@ -312,21 +342,6 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-
-
-def _drop_old(folder: Path, keep: int | None) -> None:
-    complete = sorted(path for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d{7}", path.name))
-    for path in complete[: -keep or None] if keep else []:
-        shutil.rmtree(path)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    staging = path.with_suffix(".tmp")
-    with staging.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.replace(path)
 
 
 def _first_line(error: BaseException) -> str:

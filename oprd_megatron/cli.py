@@ -132,6 +132,9 @@ def plan(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Run directory, or one of its checkpoints (iter_..).")],
     out: Annotated[Path, typer.Argument(help="Hugging Face directory to make.")],
+    best: Annotated[
+        bool, typer.Option("--best", help="The run's best checkpoint, by its checkpoint.keep_best, not its newest.")
+    ] = False,
 ) -> None:
     """Write a checkpoint's student as a Hugging Face directory (safetensors, config, tokenizer) that transformers loads.
 
@@ -139,8 +142,8 @@ def export(
     """
     from oprd_megatron.exporting import export_checkpoint
 
-    export_checkpoint(run_dir, out)
-    typer.echo(f"student in {out}")
+    checkpoint, _ = export_checkpoint(run_dir, out, best)
+    typer.echo(f"student of {checkpoint.name} in {out}")
 
 
 @app.command()

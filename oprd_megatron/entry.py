@@ -42,7 +42,7 @@ def one_line_errors(code_file: Path | None = None) -> Iterator[None]:
         kind = "stopped" if isinstance(error, StoppedEarly) else "error"
         print(f"{kind}: {error}" if rank == "0" else f"{kind} on rank {rank}: {error}", file=sys.stderr)
         for child in multiprocessing.active_children():  # mcore's checkpoint writer would outlive this process
-            child.terminate()
+            child.kill()
         if code_file is not None:
             code_file.write_text(str(code))
             code = 0 if isinstance(error, StoppedEarly) else code

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from oprd_megatron.benchmarks.in_loop import InLoop
 from oprd_megatron.bridge.health import Health
-from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint, save_checkpoint
+from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.evaluation.several import Evaluation
@@ -24,7 +25,9 @@ from oprd_megatron.logging.build import open_loggers
 from oprd_megatron.logging.memory import world_memory_mib, world_peak_memory_bytes
 from oprd_megatron.noise.gate import NoiseGate, gate_from_file
 from oprd_megatron.noise.measure import measured_gate, prompt_samples
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.agreement import together
+from oprd_megatron.parallel.hang import Hang
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import PlacedTeacher, build_all
 from oprd_megatron.planning.room import check_device
@@ -32,14 +35,21 @@ from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
 from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
-from oprd_megatron.rollout.buffer import clear, forget
+from oprd_megatron.rollout.buffer import clear
 from oprd_megatron.rollout.build import prepare_engine
+from oprd_megatron.run_directory import check_run_dir
 from oprd_megatron.run_facts import environment, planned_text, world_hosts
 from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
+from oprd_megatron.run_lock import run_lock
+from oprd_megatron.saving import Saver
 from oprd_megatron.stopping import Stopping
+from oprd_megatron.stragglers import Stragglers, peers_of
 from oprd_megatron.trainer import Trainer, export_student
 
 messages = logging.getLogger(__name__)
+
+MINUTES_TO_REPORT = 10.0
+"""Collectives time out so much after `run.hang_minutes`."""
 
 
 def train(config: RunConfig) -> None:
@@ -51,12 +61,16 @@ def train(config: RunConfig) -> None:
     if platform.is_cuda:
         gpu_memory = torch.cuda.get_device_properties(platform.device).total_memory
         check_device(config, world_size, gpu_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    init_distributed(platform)
-    with heartbeat(), Stopping(config.run, platform) as stopping:
-        run(checked, platform, started, stopping)
+    minutes = config.run.hang_minutes
+    hang = Hang(60 * minutes, config.run.dir / "hang") if minutes else None
+    init_distributed(platform, max(30.0, minutes + MINUTES_TO_REPORT))
+    with run_lock(config.run.dir), heartbeat(hang=hang), Stopping(config.run, platform) as stopping:
+        checked = replace(checked, resume_from=check_run_dir(config))  # another run may just have ended here
+        with Saver(config, platform) as saver:
+            run(checked, platform, started, stopping, saver)
 
 
-def run(checked: Checked, platform: Platform, started: float, stopping: Stopping) -> None:
+def run(checked: Checked, platform: Platform, started: float, stopping: Stopping, saver: Saver) -> None:
     """All of a run that its ranks do together; `started` is a reading of `time.perf_counter`."""
     config = checked.config
     if is_finished(config):
@@ -69,51 +83,66 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
         )
         writer = benchmark.asked_of(writer)
     make_engine = prepare_engine(writer, checked.student_layout, platform)
-    teachers, student = build_all(checked, platform)
+    with here.phase("models"):
+        teachers, student = build_all(checked, platform)
     held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
     trainer = Trainer(checked, teachers, student, platform, make_engine)
     space = None if config.teachers else teachers[0].space  # which a refit may change, and a checkpoint then holds
     progress = Progress(step=0, weight_version=0)
     if checked.resume_from is not None:
         progress = load_checkpoint(checked.resume_from, student, trainer.optimizer, platform, trainer.average)
+        saver.resumed(checked.resume_from)
         if space is not None:
             resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teachers[0].model, student)
     shows = config.rollout.engine != "file"  # recorded text has no answers to held-out prompts
     logger = open_run(config, progress, fresh=checked.resume_from is None)
     health, gates = watch_bridges(config, teachers), noise_gates(trainer, platform)
+    peers = peers_of([teacher.model for teacher in teachers], student, writes=trainer.engine is not None)
+    stragglers = Stragglers(peers, config.logging.slow_rank_factor)
     trainer.sync(progress.weight_version)
     if held_out and checked.resume_from is None:
-        record = held_out.record(0, trainer.engine, samples=shows)
+        with here.phase("eval"):
+            record = held_out.record(0, trainer.engine, samples=shows)
+        saver.note(record)
         log(logger, record)
         warnings(health, record)  # what later ones are held against
     if benchmark and checked.resume_from is None:
-        log(logger, benchmark.record(0, trainer.engine))
+        with here.phase("benchmark"):
+            record = benchmark.record(0, trainer.engine)
+        saver.note(record)
+        log(logger, record)
     last = min(config.run.steps, config.run.stop_at or config.run.steps)
     for step in range(progress.step, last):
+        here.step = step + 1
         record = trainer.step(step)
-        log(logger, {**record, "memory_mib": world_memory_mib(platform.device)})
-        for line in noise_warnings(gates, record):
+        slowest, memory = stragglers.record(trainer.own_seconds), world_memory_mib(platform.device)
+        log(logger, {**record, "memory_mib": memory, **({"stragglers": slowest} if slowest else {})})
+        for line in [*noise_warnings(gates, record), *stragglers.warnings(slowest)]:
             messages.warning(line)
         progress = Progress(step + 1, trainer.weight_version)
         if held_out and held_out.due(progress.step, config.run.steps):
             is_last = progress.step == config.run.steps
-            record = held_out.record(progress.step, trainer.engine, samples=is_last and shows)
+            with here.phase("eval"):
+                record = held_out.record(progress.step, trainer.engine, samples=is_last and shows)
+            saver.note(record)
             log(logger, record)
             for line in warnings(health, record):
                 messages.warning(line)
         if benchmark and benchmark.due(progress.step, config.run.steps):
-            log(logger, benchmark.record(progress.step, trainer.engine))
+            with here.phase("benchmark"):
+                record = benchmark.record(progress.step, trainer.engine)
+            saver.note(record)
+            log(logger, record)
+        saver.poll()
         reason = stopping.reason() if progress.step < last else None
         if progress.step == last or reason:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
         due = config.checkpoint.every and progress.step % config.checkpoint.every == 0
         if progress.step == last or reason or due:
             bridge = space.whole if isinstance(space, LowRank) else None
-            save_checkpoint(config, student, trainer.optimizer, progress, platform, bridge, trainer.average)
-            with together("forgetting rollouts"):
-                if dist.get_rank() == 0:
-                    forget(config.run.dir / ROLLOUTS, progress.step)
+            saver.save(student, trainer.optimizer, progress, bridge, trainer.average)
         if reason:
+            saver.finish()
             log(logger, {"kind": "stopped", "step": progress.step, "reason": reason})
             logger.close()
             raise StoppedEarly(
@@ -122,7 +151,9 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     finished = progress.step == config.run.steps
     export = config.run.dir / "student_hf" if config.run.export and finished else None
     if export:
-        export_student(student, config.student.path, export, overwrite=True)
+        with here.phase("export"):
+            export_student(student, config.student.path, export, overwrite=True)
+    saver.finish()
     summary = {
         "kind": "summary",
         "step": progress.step,

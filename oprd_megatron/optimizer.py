@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from megatron.core.utils import unwrap_model
 from checkpoints_conversion.live.weights import canonical_parameters, stream_hf_tensors
 from oprd_megatron.config.schema import OptimizerConfig
 from oprd_megatron.models import Model
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.grid import as_world
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.space import add_over_tensor_parallel, state_maps
@@ -108,7 +110,7 @@ def build_optimizer(
     for chunk in student.chunks:
         if chunk.post_process and not student.architecture.tie_word_embeddings and not trains_head:
             chunk.output_layer.weight.requires_grad_(False)
-    student.config.finalize_model_grads_func = _finalize_without_rescaling
+    student.config.finalize_model_grads_func = functools.partial(_finalize_without_rescaling, platform)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
@@ -169,9 +171,12 @@ def stream_gradients(student: Model) -> Iterator[tuple[str, torch.Tensor]]:
     yield from stream_hf_tensors(gradients, student.architecture, student.sharding, groups.tp, groups.pp)
 
 
-def _finalize_without_rescaling(model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:  # type: ignore[no-untyped-def]
+def _finalize_without_rescaling(platform, model, num_tokens=None, pg_collection=None, force_all_reduce=False) -> None:  # type: ignore[no-untyped-def]
     """mcore's gradient finalisation (data-parallel reduction, sequence-parallel norms, tied embeddings), without dividing
     by a number of tokens."""
-    for chunk in unwrap_model(model):
-        add_over_tensor_parallel(chunk, pg_collection.tp)
-    finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=bool(force_all_reduce))
+    platform.synchronize()  # this rank's own work is done, and what follows is waiting
+    with here.waiting():
+        for chunk in unwrap_model(model):
+            add_over_tensor_parallel(chunk, pg_collection.tp)
+        finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=bool(force_all_reduce))
+        platform.synchronize()

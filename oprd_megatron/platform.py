@@ -91,7 +91,12 @@ def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
         return
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # torchrun keeps the store, and with it the addresses of a last life
+            store = dist.PrefixStore(f"life/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         if platform.is_cuda:
             dist.barrier(
                 device_ids=[platform.device.index]

@@ -111,6 +111,7 @@ class Trainer:
         ends = frozenset(eos_ids(config.student.path, checked.tokenizer.eos_token_id))
         self.curator = Curator(config.rollout, self.text.params, ends, student, platform)
         self.weight_version = 0
+        self.own_seconds: dict[str, float] = {}  # of the last step, see `Phases.own`
         self.last_step = min(config.run.steps, config.run.stop_at or config.run.steps) - 1
 
     def step(self, step: int) -> dict[str, Any]:
@@ -137,6 +138,7 @@ class Trainer:
                 self.average.update()
         stop_on_bad_gradient(step + 1, grad_norm, self.optimizer)
         difference = self.sync(self.weight_version + 1, phase)
+        self.own_seconds = phase.own
         totals, report = Totals.of(outcomes, weights), outcomes[0].report
         aligned = {lesson.alignment.coefficient for lesson in self.lessons if lesson.alignment.pairs}
         shown = {"oprd": aligned.pop()} if len(aligned) == 1 else {}

@@ -72,3 +72,6 @@ class LoggingConfig(Strict):
     gradient_norms_every: Annotated[int, Field(ge=0)] = 0
     """Measure the gradient norm of each term of the loss by itself every so many steps; costs a pass of both models for each
     term. 0 never."""
+    slow_rank_factor: Annotated[float, Field(ge=1.0)] | None = 1.5
+    """Warn of a rank whose own work in a phase takes so many times the median of its peers, several steps running. null
+    never."""

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from oprd_megatron.config.base import DecayRate, Fraction, NonNegative, Strict
 from oprd_megatron.config.benchmark import BenchmarkConfig
+from oprd_megatron.config.checkpoint import CheckpointConfig, check_best
 from oprd_megatron.config.distill import BridgeConfig, DistillConfig
 from oprd_megatron.config.logging import LoggingConfig
 from oprd_megatron.config.output import OutputConfig
@@ -176,18 +177,6 @@ class OptimizerConfig(Strict):
         return self
 
 
-class CheckpointConfig(Strict):
-    """Checkpoints lie in <run.dir>/checkpoints in Megatron's layout (iter_0000010/, torch_dist)."""
-
-    every: Annotated[int, Field(ge=0)] = 50
-    """Save every so many steps and at the end; 0 saves only at the end."""
-    keep: PositiveInt | None = None
-    """Keep only the newest so many checkpoints; left out, all."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: continue from the newest complete checkpoint of the run directory, if there is one. never: refuse to start
-    in a directory that holds one."""
-
-
 class EvalConfig(Strict):
     """Held-out evaluation: the teacher answers the prompts once; KL(teacher || student), cross-entropy per token and
     cosine per layer are then measured on those answers."""
@@ -222,6 +211,9 @@ class RunSection(Strict):
     without it."""
     time_margin_minutes: NonNegative = 1.0
     """For the checkpoint, besides the time of two steps."""
+    hang_minutes: NonNegative = 30.0
+    """End all ranks, with a report of who is where, when nothing moves on any of them for so long: no token written, no
+    micro-batch gone forward, no phase entered or left. 0 never."""
     micro_batch_size: PositiveInt = 1
     """Rollouts in one forward and backward pass; they are packed without padding."""
     micro_batch_tokens: PositiveInt | None = None
@@ -277,6 +269,7 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         check_teachers(self)
+        check_best(self)
         rollouts = self.rollout.prompts_per_step * self.rollout.responses_per_prompt
         if self.run.micro_batch_tokens is None and rollouts % self.run.micro_batch_size:
             raise ValueError(

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.grid import Grid
 
 
@@ -58,8 +59,9 @@ class PackP2P(P2PCommunicator):
         works = [
             work for operations in (forward, backward) if operations for work in dist.batch_isend_irecv(operations)
         ]
-        for work in works:
-            work.wait()
+        with here.waiting():
+            for work in works:
+                work.wait()
         return from_prev, from_next, None
 
     def _operations(

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from oprd_megatron.models.build import Model, without_head
 from oprd_megatron.models.micro_batch import MicroBatch
 from oprd_megatron.models.pipeline_p2p import PackP2P
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.platform import Platform
 
 OnOutput = Callable[[int, torch.Tensor], torch.Tensor]
@@ -107,6 +108,7 @@ def _forward_step(on_output: OnOutput, head: bool, device: torch.device) -> Call
     """
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        here.mark()
         batch = next(batches)
         ids = batch.ids.to(device, non_blocking=True).unsqueeze(0)
         positions = torch.arange(ids.size(1), device=device).unsqueeze(

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from oprd_megatron.errors import UserError
+from oprd_megatron.parallel.activity import here
 
 
 @contextlib.contextmanager
@@ -28,7 +29,8 @@ def together(what: str) -> Iterator[None]:
     except OSError as problem:
         error = UserError(f"{what}: {problem.strerror or problem} ({problem.filename}); make room or fix the path")
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, error)
+    with here.waiting():
+        dist.all_gather_object(found, error)
     for reported in found:
         if reported is not None:
             raise reported

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.representation.placement import TokenPlacement
 from oprd_megatron.representation.route import Route, Transfer
 from oprd_megatron.representation.wire import Wire
@@ -118,8 +119,9 @@ class Delivery:
 
     def wait(self) -> None:
         """Wait until what was posted is done; what was sent is freed."""
-        for work in self._works:
-            work.wait()
+        with here.waiting():
+            for work in self._works:
+                work.wait()
         self._works = []
         self._outgoing.clear()
 

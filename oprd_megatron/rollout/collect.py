@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.rollout.engine import Generation, Rollout, RolloutEngine, SamplingParams, make_requests
 from oprd_megatron.rollout.prompts import Prompt
@@ -27,7 +28,8 @@ def collect_rollouts(
         if engine is not None and own is not None:
             mine = engine.generate(requests[replicas.index(own) :: len(replicas)], params, step)
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine if held.index(own) == rank else [])
+    with here.waiting():
+        dist.all_gather_object(shares, mine if held.index(own) == rank else [])
     return sorted((rollout for share in shares for rollout in share), key=lambda rollout: rollout.sample_index)
 
 
@@ -44,7 +46,8 @@ def from_holder(holder: int, generation: Generation | None, min_tokens: int | No
     with together("generating rollouts"):
         found = [] if generation is None else generation.take(min_tokens)
     parcel: list[Any] = [None if generation is None else (found, generation.is_taken)]
-    dist.broadcast_object_list(parcel, src=holder)
+    with here.waiting():
+        dist.broadcast_object_list(parcel, src=holder)
     return parcel[0]
 
 
@@ -54,5 +57,6 @@ def _who_holds(engine: RolloutEngine | None) -> list[tuple[str, int] | None]:
     if engine is not None:
         mine = ("rank", dist.get_rank()) if engine.replica is None else ("replica", engine.replica)
     held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, mine)
+    with here.waiting():
+        dist.all_gather_object(held, mine)
     return held

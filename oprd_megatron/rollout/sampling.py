@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StopStringCriteria, TopPLogitsWarper
 
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.rollout.engine import SamplingParams
 
 
@@ -125,6 +126,7 @@ class ResponseEnd(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         """Args: input_ids [B, S] int64. Returns [B] bool, True for rows that have ended."""
+        here.mark()
         response = input_ids[:, self.prompt_width :]
         ended = torch.isin(response[:, -1], self.eos_ids)
         if self.stop_strings is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import oprd_megatron.loop
+import oprd_megatron.saving
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
@@ -302,18 +302,18 @@ def test_damaged_checkpoints(tmp_path: Path, values: Values) -> None:
 
 def run_on_a_full_disk(values: Values, max_bytes: int) -> str:
     """Train; while the third checkpoint is written no file may grow beyond `max_bytes`, as on a disk that is full."""
-    save = oprd_megatron.loop.save_checkpoint
+    write = oprd_megatron.saving.write_checkpoint
 
-    def save_on_full_disk(config: Any, student: Any, optimizer: Any, progress: Any, *others: Any) -> Path:
+    def write_on_full_disk(config: Any, student: Any, optimizer: Any, progress: Any, *others: Any) -> Any:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         if progress.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
         try:
-            return save(config, student, optimizer, progress, *others)
+            return write(config, student, optimizer, progress, *others)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    oprd_megatron.loop.save_checkpoint = save_on_full_disk
+    oprd_megatron.saving.write_checkpoint = write_on_full_disk
     return failing_run(values)
 
 

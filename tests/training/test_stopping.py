@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from oprd_megatron.stopping import time_limit
 from tests.training.runs import changed, student_tensors, train_records, train_run, with_layout
 
 
-def start(values: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
-    """`oprd train` of it, as a user starts it."""
+def start(
+    values: dict[str, Any], folder: Path, program: Sequence[str] = ("-m", "oprd_megatron.cli", "train")
+) -> subprocess.Popen[str]:
+    """`oprd train` of it, as a user starts it, or another program."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    program = [sys.executable, "-m", "oprd_megatron.cli", "train", str(path)]
+    command = [sys.executable, *program, str(path)]
     return subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 
 from oprd_megatron.config.rollout import ServerConfig
 from oprd_megatron.errors import UserError
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.rollout.engine import Request, Rollout, SamplingParams
 from oprd_megatron.rollout.vllm.client import RequestRefused, ServerClient, ServerError
 from oprd_megatron.rollout.vllm.writing import Writing
@@ -188,6 +189,7 @@ class Dispatcher:
         try:
             async with limit, aclosing(stream) as pieces:
                 async for piece in pieces:
+                    here.mark()
                     self.writing.last_token = time.monotonic()
                     ids += piece.token_ids
                     logprobs += piece.logprobs
