@@ -1,0 +1,43 @@
+"""A forward step for Megatron-LM's loops that trains by hidden states alone: no LM head is called, no logits are built.
+
+A loop that also trains its own loss keeps its own forward step; `Attachment.around` is then all that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from oprd_megatron.library.attach import Attachment
+from oprd_megatron.models.build import without_head
+from oprd_megatron.models.schedule import LossAnchor
+
+GetInputs = Callable[[Iterator[Any]], dict[str, Any]]
+"""(data iterator, None where the loop has none) -> arguments of GPTModel.forward, cut for this context-parallel rank."""
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]]
+
+
+def representation_step(oprd: Attachment, get_inputs: GetInputs) -> ForwardStep:
+    """Megatron-LM's pair: forward_step(data_iterator, model) -> (output_tensor, loss_func), and loss_func(output_tensor) ->
+    (loss, num_tokens, metrics).
+
+    The loss is a zero that is connected to the output, so that the schedule has something to go backward from; the number of
+    tokens is that of the supervised ones. The value of the loss is in `Attachment.report` after the step, and `around` puts it
+    into the metrics as "oprd loss".
+
+    An untied head gets no gradient: freeze `output_layer.weight` before DDP wraps the model, or do without overlap_grad_reduce.
+    """
+
+    def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        inputs = get_inputs(data_iterator)
+        with without_head(model):
+            output = model(**inputs)
+        return output, loss_func
+
+    def loss_func(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        count = torch.tensor(oprd.next_supervised_tokens(), dtype=torch.int, device=output.device)
+        return LossAnchor.apply(output), count, {"supervised tokens": count.view(1).float()}
+
+    return forward_step
