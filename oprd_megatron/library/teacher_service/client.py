@@ -138,8 +138,8 @@ class TeacherClient:
 
 @dataclass(frozen=True)
 class RemoteTeacher:
-    """A teacher service as `attach` takes it. The first rank of each replica asks for the states of its micro-batches, and tells
-    the others: through a bridge that is R numbers a state.
+    """A teacher service as `attach` takes it. A replica's first rank asks for the states of its micro-batches and tells the
+    others: through a bridge that is R numbers a state.
 
     Attributes:
         client: on every rank; only first ranks ask.
