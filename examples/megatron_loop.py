@@ -114,8 +114,8 @@ def main(args: argparse.Namespace) -> None:
         teacher = InProcessTeacher.load(  # <-- any layout of its own on these ranks
             args.teacher, ParallelConfig(tp=dist.get_world_size()), platform=platform, dtype="fp32", pad_heads=True
         )
-        layer_map = DistillConfig(positions="all", layers="even", coefficient=args.coefficient)
-        oprd = attach(model, teacher, layer_map)  # <--
+        distill = DistillConfig(positions="all", layers="even", normalize="l2", coefficient=args.coefficient)
+        oprd = attach(model, teacher, distill)  # <--
         forward_backward = oprd.around(get_forward_backward_func())  # <--
         step_func = forward_step if args.lm_loss else representation_step(oprd, lambda it: get_inputs(it)[0])  # <--
         data = batches(args.student, args.micro_batch_size, args.seq_length)
@@ -142,16 +142,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True, help="Hugging Face directory of a Llama")
     parser.add_argument("--teacher", type=Path, required=True, help="Hugging Face directory; the student's tokenizer")
-    for name, default in (
-        ("tp", 1),
-        ("pp", 1),
-        ("steps", 3),
-        ("micro-batch-size", 2),
-        ("num-microbatches", 2),
-        ("seq-length", 32),
-    ):
+    defaults = {"tp": 1, "pp": 1, "steps": 3, "micro-batch-size": 2, "num-microbatches": 2, "seq-length": 32}
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--coefficient", type=float, default=1.0, help="factor on the representation loss")
+    parser.add_argument("--coefficient", type=float, default=100.0, help="factor on the representation loss")
     parser.add_argument("--lm-loss", action="store_true", help="train the loop's own loss too")
     main(parser.parse_args())

@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class Attachment:
     Attributes:
         report: of the last step, the same on every rank; None before the first.
         progress: 0 to 1, moves scheduled coefficients and layer weights; the loop may set it.
+        trains_alone: the loop has no loss of its own (`representation_step` sets it): what `loss_func` counts is then the
+            supervised tokens, whatever a batch says.
         pairs: supervised layers.
         grid: the student's.
     """
@@ -76,7 +79,7 @@ class Attachment:
         self.space = frozen_space(distill, self.pairs, teacher.width, self.config.hidden_size, self.platform.device)
         teacher.check(distill, self.pairs)
         self.report: AlignmentReport | None = None
-        self.progress = 0.0
+        self.progress, self.trains_alone = 0.0, False
         self._aligner: Aligner | None = None
         self._calls: Counter[tuple[int, bool]] = Counter()
         self._losses = 0
@@ -97,8 +100,8 @@ class Attachment:
         Raises:
             DataError: the batches cannot be placed, or the schedule did not run over them.
         """
-        everybody: list[Sequence[TokenBatch]] = [batches] * self.grid.layout.dp
-        dist.all_gather_object(everybody, [_without_states(batch) for batch in batches], group=self.grid.groups.dp)
+        everybody: list[Sequence[TokenBatch]] = [[]] * self.grid.layout.dp
+        dist.all_gather_object(everybody, [self._as_told(batch) for batch in batches], group=self.grid.groups.dp)
         step = Step.of(everybody, self.grid.layout, self.distill)
         wanted = Wanted(step, self.pairs, self.grid, self.distill, self.space, self.platform)
         delivered, order = self.teacher.deliver(wanted, batches)
@@ -163,6 +166,10 @@ class Attachment:
         rows = self._aligner.rows.get(self._losses)
         self._losses += 1
         return 0 if rows is None else len(rows.tokens)
+
+    def _as_told(self, batch: TokenBatch) -> TokenBatch:
+        """What other data-parallel ranks are told of a micro-batch."""
+        return replace(batch, states=None, loss_tokens=None if self.trains_alone else batch.loss_tokens)
 
     def _hook(self, layer: int) -> Callable[..., Any]:
         def seen(hidden: torch.Tensor) -> torch.Tensor | None:
@@ -239,7 +246,3 @@ def attach(
         UserError: one line.
     """
     return Attachment(model, teacher, distill or DistillConfig())
-
-
-def _without_states(batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(batch.sequences, batch.responses, batch.loss_tokens, batch.boundaries)

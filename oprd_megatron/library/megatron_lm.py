@@ -29,6 +29,7 @@ def representation_step(oprd: Attachment, get_inputs: GetInputs) -> ForwardStep:
 
     An untied head gets no gradient: freeze `output_layer.weight` before DDP wraps the model, or do without overlap_grad_reduce.
     """
+    oprd.trains_alone = True
 
     def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         inputs = get_inputs(data_iterator)

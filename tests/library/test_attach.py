@@ -111,20 +111,19 @@ def loop(
                 oprd = attach(wrapped, teacher, DISTILL)
                 read = get_inputs(layout)
                 without = representation_step(oprd, lambda iterator, read=read: read(iterator)[0])
-                results = run_step(oprd, wrapped, layout, lm_step(read) if lm else without, lm)
+                results = run_step(oprd, wrapped, layout, lm_step(read) if lm else without)
                 assert oprd.report is not None
                 found.append(gradients_of(bare, arch) | {"loss": oprd.report.loss, "results": results})
     return found
 
 
-def run_step(oprd: Any, wrapped: list[Any], layout: Layout, forward_step: Any, lm: bool) -> list[Any]:
+def run_step(oprd: Any, wrapped: list[Any], layout: Layout, forward_step: Any) -> list[Any]:
     """zero_grad and the schedule."""
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = items()[rank * len(items()) // dp : (rank + 1) * len(items()) // dp]
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    batch = packed_batch if layout.packed else megatron_batch
-    read = batch if lm else lambda item: replace(batch(item), loss_tokens=None)
+    read = packed_batch if layout.packed else megatron_batch
     several = layout.vpp > 1
     return oprd.around(get_forward_backward_func(), read)(
         forward_step_func=forward_step,
