@@ -110,8 +110,8 @@ def loop(
                 wrapped = trained(bare)
                 oprd = attach(wrapped, teacher, DISTILL)
                 read = get_inputs(layout)
-                without = representation_step(oprd, lambda iterator, read=read: read(iterator)[0])
-                results = run_step(oprd, wrapped, layout, lm_step(read) if lm else without)
+                own = lm_step(read) if lm else representation_step(oprd, lambda iterator, read=read: read(iterator)[0])
+                results = run_step(oprd, wrapped, layout, own)
                 assert oprd.report is not None
                 found.append(gradients_of(bare, arch) | {"loss": oprd.report.loss, "results": results})
     return found
