@@ -1,6 +1,7 @@
 """Saving and resuming a run: mcore's torch_dist format in Megatron's directory layout.
 
     <run.dir>/checkpoints/
+        hf/                                    config.json and tokenizer of the student
         iter_0000010/                          written as iter_0000010.incomplete, renamed when complete
         latest_checkpointed_iteration.txt      replaced last
 
@@ -10,6 +11,9 @@ vocabulary that were padded for one tp are cut or padded for the other (padding 
 
 mcore saves and loads on all ranks of the world together, and has global rank 0 write what is not a sharded tensor. A rank
 without a student brings no tensors, and takes the rest from the student's first rank.
+
+Megatron-LM (`--load <run.dir>/checkpoints`) and Megatron-Bridge find the student's settings in it (`interop_settings.py`), and
+`teacher.path` and `student.path` of another run may name it.
 
 A checkpoint holds the student, its optimizer and schedule, the step (which is also the data cursor, because the prompts of a
 step are a function of seed and step), the weight version, the random states, the resolved config, and the bridge. Nothing in a
@@ -44,6 +48,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import CheckpointError
+from oprd_megatron.interop_settings import interop_settings
 from oprd_megatron.models import Model
 from oprd_megatron.optimizer import StudentOptimizer
 from oprd_megatron.parallel.agreement import together
@@ -132,6 +137,8 @@ def save_checkpoint(
         if average is not None:
             state |= average.sharded_state()
         _share_common(state, student)
+        settings = interop_settings(student)
+        state.update(settings.common)
         state.update(
             iteration=progress.step,
             checkpoint_version=3.0,
@@ -148,6 +155,7 @@ def save_checkpoint(
         if dist.get_rank() == 0:
             if bridge is not None:
                 _save_bridge(bridge, staging / BRIDGE)
+            settings.write_files(staging, folder)
             if final.exists():
                 shutil.rmtree(final)
             staging.rename(final)

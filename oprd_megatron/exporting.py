@@ -7,6 +7,7 @@ from pathlib import Path
 from checkpoints_conversion.convert.megatron_to_hf import export_megatron
 from checkpoints_conversion.convert.options import Options, Summary
 from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.checkpoint import find_checkpoint
 from oprd_megatron.config import load_config
 from oprd_megatron.errors import CheckpointError
@@ -23,4 +24,4 @@ def export_checkpoint(path: Path, out: Path) -> Summary:
     if checkpoint is None:
         raise CheckpointError(f"{path}: no checkpoint here; give a run directory that has one, or an iter_.. directory")
     config = load_config(checkpoint.parent.parent / CONFIG_FILE)
-    return export_megatron(checkpoint, out, Options(), Progress(), like=config.student.path)
+    return export_megatron(checkpoint, out, Options(), Progress(), like=hf_dir_of(config.student.path))

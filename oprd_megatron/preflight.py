@@ -13,7 +13,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints_conversion import Architecture, check_model
+from checkpoints_conversion import Architecture
+from checkpoints_conversion.interop import is_megatron
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.bridge.artefact import Fingerprints, check_bridge, read_info
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd_megatron.config import RunConfig
@@ -167,7 +169,7 @@ def check_models(
     config: RunConfig, world_size: int, starts_run: bool, resume_from: Path | None, alone: bool = True
 ) -> Checked:
     """`preflight` of a run with one teacher up to its prompts. Unless `alone`, ranks may be other teachers'."""
-    architectures = {name: check_model(section.path) for name, section in _models(config).items()}
+    architectures = {name: check_weights(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
         check_disk(config, student)
@@ -291,7 +293,12 @@ def fingerprints(
 
 def _check_engine(checked: Checked, prompts: list[Prompt]) -> None:
     """What a run's engine can be asked before models are loaded."""
-    section = checked.config.rollout
+    section, path = checked.config.rollout, checked.config.student.path
+    if section.engine in ("vllm", "vllm_server") and is_megatron(path):
+        raise ConfigError(
+            f"rollout.engine: {section.engine} starts from a Hugging Face directory, but student.path {path} is a Megatron "
+            f"checkpoint; write one with `oprd convert export {path} DIRECTORY`, or use rollout.engine: hf"
+        )
     if section.file is not None:
         check_recorded(checked.config, section.file, checked.student_vocab_size, prompts)
     if section.engine == "vllm_server" and section.server.urls and os.environ.get("RANK", "0") == "0":

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
-from checkpoints_conversion import check_model
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.config.distill import DistillConfig
 from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.errors import DataError
@@ -120,7 +120,7 @@ class InProcessTeacher:
         Raises:
             CheckpointError, LayoutError: one line.
         """
-        architecture = check_model(Path(path))
+        architecture = check_weights(Path(path))
         layout = resolve_layout(
             parallel or ParallelConfig(), name="teacher", world_size=dist.get_world_size(),
             num_layers=architecture.num_layers, divisible=tp_divisible(architecture, pad_heads),

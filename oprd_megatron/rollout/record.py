@@ -10,6 +10,7 @@ import torch
 from tqdm import trange
 
 from checkpoints_conversion import Architecture, HFReader, check_model, mappings_for, read_architecture
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.config import RunConfig
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.models import DTYPES
@@ -46,7 +47,7 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         teacher = load_tokenizer(config.teacher.path)  # prompts that are too long for it are left out
     else:
         teachers = [teacher.path for teacher in config.teachers] or [config.teacher.path]
-        vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
+        vocab_size = min(vocab_size, *(read_architecture(hf_dir_of(path)).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     student = Student(config, hf_dir, architecture, tokenizer, longest)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from checkpoints_conversion import check_model
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.bridge.artefact import read_info
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd_megatron.config.distill import DistillConfig
@@ -126,7 +126,7 @@ class TeacherClient:
         return bytes(body)
 
     def _check_teacher(self, path: Path) -> None:
-        difference = model_fingerprint(path, check_model(path)).difference(self.info.teacher)
+        difference = model_fingerprint(path, check_weights(path)).difference(self.info.teacher)
         if difference is None and tokenizer_fingerprint(load_tokenizer(path)) != self.info.tokenizer:
             difference = "tokenizer"
         if difference is not None:
