@@ -1,6 +1,7 @@
-"""A forward step for Megatron-LM's loops that trains by hidden states alone: no LM head is called, no logits are built.
+"""Megatron-LM's loops: a forward step that trains by hidden states alone, and a way into `pretrain`, which builds its model.
 
-A loop that also trains its own loss keeps its own forward step; `Attachment.around` is then all that it needs.
+Its side, NVIDIA/Megatron-LM: pretrain_gpt.py at 000ab9d6 (forward_step and loss_func); megatron/training/training.py at
+001b00c2 (train_step calls the schedule by keyword, and averages one-element metrics over micro-batches).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-from oprd_megatron.library.attach import Attachment
+from oprd_megatron.library.attach import Attachment, Read
+from oprd_megatron.library.batches import megatron_batch
 from oprd_megatron.models.build import without_head
 from oprd_megatron.models.schedule import LossAnchor
 
@@ -42,3 +44,31 @@ def representation_step(oprd: Attachment, get_inputs: GetInputs) -> ForwardStep:
         return LossAnchor.apply(output), count, {"supervised tokens": count.view(1).float()}
 
     return forward_step
+
+
+def schedules_with_teacher(
+    get_forward_backward_func: Callable[..., Any],
+    make: Callable[[Any], Attachment],
+    read: Read = megatron_batch,
+    divides: bool = True,
+) -> Callable[..., Any]:
+    """A `get_forward_backward_func` whose schedules have a teacher in front of them, for a loop that builds its model itself.
+
+    Args:
+        get_forward_backward_func: mcore's.
+        make: attaches to the model, which is what the schedule is given; called once, before the first step.
+        read, divides: as for `Attachment.around`.
+    """
+    made: list[Attachment] = []
+
+    def get(*arguments: Any, **keywords: Any) -> Callable[..., Any]:
+        schedule = get_forward_backward_func(*arguments, **keywords)
+
+        def run(*, model: Any, **call: Any) -> Any:
+            if not made:
+                made.append(make(model))
+            return made[0].around(schedule, read, divides)(model=model, **call)
+
+        return run
+
+    return get

@@ -22,6 +22,7 @@ from oprd_megatron.library import (
     attach,
     megatron_batch,
     representation_step,
+    schedules_with_teacher,
 )
 from oprd_megatron.representation.batch import Sample
 from oprd_megatron.representation.layer_map import resolve_layer_pairs
@@ -125,7 +126,8 @@ def run_step(oprd: Any, wrapped: list[Any], layout: Layout, forward_step: Any) -
         chunk.zero_grad_buffer()
     read = packed_batch if layout.packed else megatron_batch
     several = layout.vpp > 1
-    return oprd.around(get_forward_backward_func(), read)(
+    get = schedules_with_teacher(get_forward_backward_func, lambda model: oprd, read)
+    return get()(
         forward_step_func=forward_step,
         data_iterator=[iter(mine) for _ in wrapped] if several else iter(mine),
         model=wrapped if several else wrapped[0],

@@ -80,8 +80,8 @@ def test_round_trip_is_bitwise(imported: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_a_run_starts_from_another(imported: tuple[Path, dict[str, Any]], trained: Path) -> None:
-    """`student.path` is a run, trained at tp 2: its newest checkpoint is read at pp 2, to the last bit. A model has one fingerprint
-    in either format."""
+    """`student.path` is a run, trained at tp 2: its newest checkpoint is read at pp 2, to the last bit. A model's fingerprint
+    is the same in either format."""
     folder, values = imported
     before, after = load_file(folder / "student" / "model.safetensors"), student_tensors(trained)
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
