@@ -100,7 +100,8 @@ def forward_step(data_iterator: Iterator[Any], model: torch.nn.Module) -> tuple[
     return model(**inputs, labels=batch["labels"]), partial(loss_func, batch["loss_mask"])
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> list[float]:
+    """Train; returns each step's representation loss."""
     platform = select_platform("cpu")
     init_distributed(platform)
     parallel_state.initialize_model_parallel(args.tp, args.pp)
@@ -119,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
         forward_backward = oprd.around(get_forward_backward_func())  # <--
         step_func = forward_step if args.lm_loss else representation_step(oprd, lambda it: get_inputs(it)[0])  # <--
         data = batches(args.student, args.micro_batch_size, args.seq_length)
+        found = []
         for step in range(args.steps):
             model.zero_grad_buffer()
             optimizer.zero_grad()
@@ -127,15 +129,17 @@ def main(args: argparse.Namespace) -> None:
                 seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, forward_only=False,
             )  # fmt: skip
             _, grad_norm, _ = optimizer.step()
+            assert oprd.report is not None
+            found.append(oprd.report.loss)
             if dist.get_rank() == dist.get_world_size() - 1:
-                assert oprd.report is not None
-                line = f"step {step + 1}: oprd loss {losses[0]['oprd loss'].item():.6f}, cosine {oprd.report.mean_cosine:.4f}"
+                line = f"step {step + 1}: oprd loss {oprd.report.loss:.6f}, cosine {oprd.report.mean_cosine:.4f}"
                 if args.lm_loss:
                     total = torch.stack([loss["lm loss"] for loss in losses]).sum(0)
                     line += f", lm loss {(total[0] / total[1]).item():.4f}"
                 print(f"{line}, grad norm {grad_norm:.4f}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
