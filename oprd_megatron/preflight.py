@@ -14,7 +14,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints_conversion import Architecture
-from checkpoints_conversion.interop import is_megatron
 from checkpoints_conversion.weights import check_weights
 from oprd_megatron.bridge.artefact import Fingerprints, check_bridge, read_info
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -38,7 +37,7 @@ from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
-from oprd_megatron.rollout.vllm.build import Student, check_running
+from oprd_megatron.rollout.vllm.build import Student, check_running, refuse_megatron
 from oprd_megatron.run_directory import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
@@ -293,12 +292,8 @@ def fingerprints(
 
 def _check_engine(checked: Checked, prompts: list[Prompt]) -> None:
     """What a run's engine can be asked before models are loaded."""
-    section, path = checked.config.rollout, checked.config.student.path
-    if section.engine in ("vllm", "vllm_server") and is_megatron(path):
-        raise ConfigError(
-            f"rollout.engine: {section.engine} starts from a Hugging Face directory, but student.path {path} is a Megatron "
-            f"checkpoint; write one with `oprd convert export {path} DIRECTORY`, or use rollout.engine: hf"
-        )
+    section = checked.config.rollout
+    refuse_megatron(section.engine, checked.config.student.path)
     if section.file is not None:
         check_recorded(checked.config, section.file, checked.student_vocab_size, prompts)
     if section.engine == "vllm_server" and section.server.urls and os.environ.get("RANK", "0") == "0":

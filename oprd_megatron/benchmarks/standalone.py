@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion import check_model
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.benchmarks.grading import Grader
 from oprd_megatron.benchmarks.run import load_benchmark, make_prompts, run_benchmark, sampling
 from oprd_megatron.config import RunConfig
@@ -37,7 +37,7 @@ def benchmark_directory(
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(Grader(settings.answer_seconds))
         problems = load_benchmark(settings, grader)
-        architecture = check_model(hf_dir)
+        architecture = check_weights(hf_dir)
         tokenizer = load_tokenizer(hf_dir)
         check_tokenizer(tokenizer, architecture.vocab_size, hf_dir)
         params = sampling(settings, config.rollout.max_response_tokens, len(tokenizer))

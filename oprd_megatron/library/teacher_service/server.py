@@ -50,10 +50,13 @@ def serve(config: RunConfig, host: str, port: int, max_frame_bytes: int) -> None
     """
     platform = select_platform(config.run.device)
     init_distributed(platform)
+    server = (
+        _listen(host, port) if dist.get_rank() == 0 else None
+    )  # an address that is taken shows before the teacher is read
     scorer = Scorer(config, platform, max_frame_bytes)
-    waiting: queue.Queue[Asked] = queue.Queue(MOST_WAITING)
-    if dist.get_rank() == 0:
-        server, stop = _listen(host, port, scorer.info, waiting), threading.Event()
+    if server is not None:
+        waiting: queue.Queue[Asked] = queue.Queue(MOST_WAITING)
+        server.RequestHandlerClass, stop = _handler(scorer.info, waiting), threading.Event()
         _on_signals(lambda number, frame: stop.set())
         threading.Thread(target=server.serve_forever, daemon=True).start()
         bridge = f"projected to {scorer.info.width}" if scorer.info.bridge else f"{scorer.info.width} numbers a state"
@@ -98,9 +101,10 @@ def _on_signals(handler: Any) -> None:
         signal.signal(number, handler)
 
 
-def _listen(host: str, port: int, info: ServiceInfo, waiting: queue.Queue[Asked]) -> ThreadingHTTPServer:
+def _listen(host: str, port: int) -> ThreadingHTTPServer:
+    """Nobody is answered yet: its `RequestHandlerClass` is still to come."""
     try:
-        return _Server((host, port), _handler(info, waiting))
+        return _Server((host, port), BaseHTTPRequestHandler)
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; choose an address that is free") from None
 
