@@ -1,6 +1,7 @@
 """Saving and resuming a run: mcore's torch_dist format in Megatron's directory layout.
 
     <run.dir>/checkpoints/
+        hf/                                    config.json and tokenizer of the student
         iter_0000010/                          written as iter_0000010.incomplete, renamed when complete (`saving.py`)
         latest_checkpointed_iteration.txt      replaced last
 
@@ -10,6 +11,9 @@ vocabulary that were padded for one tp are cut or padded for the other (padding 
 
 mcore saves and loads on all ranks of the world together, and has global rank 0 write what is not a sharded tensor. A rank
 without a student brings no tensors, and takes the rest from the student's first rank.
+
+Megatron-LM (`--load <run.dir>/checkpoints`) and Megatron-Bridge find the student's settings in it (`interop_settings.py`), and
+`teacher.path` and `student.path` of another run may name it.
 
 A checkpoint holds the student, its optimizer and schedule, the step (which is also the data cursor, because the prompts of a
 step are a function of seed and step), the weight version, the random states, the resolved config, and the bridge. Nothing in a
@@ -48,6 +52,7 @@ from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.config.checkpoint import CheckpointConfig
 from oprd_megatron.errors import CheckpointError
+from oprd_megatron.interop_settings import interop_settings
 from oprd_megatron.logging import write_atomically
 from oprd_megatron.models import Model
 from oprd_megatron.optimizer import StudentOptimizer
@@ -148,6 +153,7 @@ def write_checkpoint(
         if average is not None:
             state |= average.sharded_state()
         _share_common(state, student)
+        state.update(interop_settings(student).common)
         state.update(
             iteration=progress.step,
             checkpoint_version=3.0,
@@ -169,9 +175,10 @@ def writing(staging: Path) -> Iterator[None]:
         ) from None
 
 
-def add_to_checkpoint(final: Path, bridge: Bridge | None, figures: Figures) -> None:
-    """Put the bridge and the latest figures beside the tensors. On rank 0."""
+def add_to_checkpoint(final: Path, student: Model, bridge: Bridge | None, figures: Figures) -> None:
+    """Put the student's settings, the bridge and the latest figures beside the tensors. On rank 0."""
     staging = staging_of(final)
+    interop_settings(student).write_files(staging, final.parent)
     if bridge is not None:
         _save_bridge(bridge, staging / BRIDGE)
     write_atomically(staging / FIGURES, json.dumps(figures, indent=1))

@@ -16,6 +16,7 @@ from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existin
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.eval_commands import app as eval_app
 from oprd_megatron.rollout_commands import app as rollout_app
+from oprd_megatron.teacher_commands import app as teacher_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +37,7 @@ app.add_typer(convert_app, name="convert")
 app.add_typer(eval_app, name="eval")
 app.add_typer(bridge_app, name="bridge")
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(teacher_app, name="teacher")
 
 Config = Annotated[
     Path, typer.Argument(help="YAML file of the run. `oprd config` lists every key.", show_default=False)

@@ -10,13 +10,16 @@ from pathlib import Path
 from checkpoints_conversion.convert.megatron_to_hf import export_megatron
 from checkpoints_conversion.convert.options import Options, Summary
 from checkpoints_conversion.convert.progress import Progress
+from checkpoints_conversion.interop import find_checkpoint_dir, is_megatron
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.checkpoint import FOLDER, find_checkpoint
-from oprd_megatron.config import load_config
+from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.retention import ranked
 from oprd_megatron.run_files import CONFIG_FILE
 
 HF_CONFIG = "config.json"
+VLLM = ("vllm", "vllm_server")
 
 
 def export_checkpoint(path: Path, out: Path, best: bool = False) -> tuple[Path, Summary]:
@@ -29,7 +32,7 @@ def export_checkpoint(path: Path, out: Path, best: bool = False) -> tuple[Path, 
     if checkpoint is None:
         raise CheckpointError(f"{path}: no checkpoint here; give a run directory that has one, or an iter_.. directory")
     config = load_config(checkpoint.parent.parent / CONFIG_FILE)
-    return checkpoint, export_megatron(checkpoint, out, Options(), Progress(), like=config.student.path)
+    return checkpoint, export_megatron(checkpoint, out, Options(), Progress(), like=hf_dir_of(config.student.path))
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -67,20 +70,18 @@ def checkpoint_of(weights: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def hf_directory(weights: Path) -> Iterator[Path]:
-    """A Hugging Face directory of what `--weights` names: itself, or one made of a checkpoint for as long as the block lasts,
-    beside the checkpoint.
+def readable(weights: Path, config: RunConfig) -> Iterator[Path]:
+    """What the run's engine can read of `weights`, a Hugging Face directory or a Megatron checkpoint: itself, or, for vLLM, a
+    Hugging Face directory made of a checkpoint for as long as the block lasts, beside it and named as the student.
 
     Raises:
-        CheckpointError: see `checkpoint_of`, `export_checkpoint`.
+        CheckpointError: a checkpoint that is not read, or no room for the copy.
     """
-    checkpoint = checkpoint_of(weights)
-    if checkpoint is None:
+    if config.rollout.engine not in VLLM or not is_megatron(weights):
         yield weights
         return
-    with tempfile.TemporaryDirectory(prefix=".student_hf-", dir=checkpoint.parent.parent) as folder:
-        student = Path(
-            folder, load_config(checkpoint.parent.parent / CONFIG_FILE).student.path.name
-        )  # servers go by it
-        export_checkpoint(checkpoint, student)
+    checkpoint = find_checkpoint_dir(weights)
+    with tempfile.TemporaryDirectory(prefix=".student_hf-", dir=checkpoint.parent) as folder:
+        student = Path(folder, config.student.path.name)  # servers go by it
+        export_megatron(checkpoint, student, Options(), Progress(), like=hf_dir_of(checkpoint))
         yield student

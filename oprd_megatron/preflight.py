@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from checkpoints_conversion import Architecture, check_model
+from checkpoints_conversion import Architecture
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.bridge.artefact import Fingerprints, check_bridge, read_info
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd_megatron.config import RunConfig
@@ -36,7 +37,7 @@ from oprd_megatron.rollout.hf_engine import eos_ids
 from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_overlap
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
-from oprd_megatron.rollout.vllm.build import Student
+from oprd_megatron.rollout.vllm.build import Student, refuse_megatron
 from oprd_megatron.run_directory import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ def check_models(
     config: RunConfig, world_size: int, starts_run: bool, resume_from: Path | None, alone: bool = True
 ) -> Checked:
     """`preflight` of a run with one teacher up to its prompts. Unless `alone`, ranks may be other teachers'."""
-    architectures = {name: check_model(section.path) for name, section in _models(config).items()}
+    architectures = {name: check_weights(section.path) for name, section in _models(config).items()}
     teacher, student = architectures["teacher"], architectures["student"]
     if starts_run:
         check_disk(config, student)
@@ -296,6 +297,7 @@ def fingerprints(
 def _check_engine(checked: Checked, prompts: list[Prompt]) -> None:
     """What a run's engine can be asked before models are loaded."""
     section = checked.config.rollout
+    refuse_megatron(section.engine, checked.config.student.path)
     if section.file is not None:
         check_recorded(checked.config, section.file, checked.student_vocab_size, prompts)
 

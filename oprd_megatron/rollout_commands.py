@@ -42,12 +42,12 @@ def write(
     Example: `oprd rollout examples/quickstart.yaml --out rollouts.parquet rollout.temperature=0.7`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.exporting import hf_directory
+    from oprd_megatron.exporting import readable
     from oprd_megatron.rollout.record import record_rollouts
 
     refuse_existing(out)
     run = load_config(config, overrides or [])
-    with hf_directory(weights or run.student.path) as student:
+    with readable(weights or run.student.path, run) as student:
         count = record_rollouts(run, student, out, steps)
     typer.echo(f"{count} responses in {out}")
 

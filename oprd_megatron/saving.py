@@ -117,7 +117,7 @@ class Saver:
             )
             with together(f"writing beside {final}"):
                 if dist.get_rank() == 0:
-                    add_to_checkpoint(final, bridge, self.figures)
+                    add_to_checkpoint(final, student, bridge, self.figures)
             if request is None:
                 self._publish(final)
                 return

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion.live.export import export_hf
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.bridge.fit import Stage1
 from oprd_megatron.divergence import stop_on_bad_gradient, stop_on_bad_loss
@@ -349,7 +350,7 @@ class Trainer:
 
 
 def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool) -> None:
-    """Write the student as a Hugging Face directory beside the tokenizer files of `source`. Collective."""
+    """Write the student as a Hugging Face directory beside the tokenizer files of the model `source`. Collective."""
     grid = student.grid
     with together(f"exporting to {out_dir}"):
         if grid.is_member and grid.coords.dp == grid.coords.cp == 0:
@@ -359,7 +360,7 @@ def export_student(student: Model, source: Path, out_dir: Path, overwrite: bool)
                 student.sharding,
                 grid.groups.tp,
                 grid.groups.pp,
-                source,
+                hf_dir_of(source),
                 out_dir,
                 is_writer=dist.get_rank() == grid.layout.first_rank,
                 overwrite=overwrite,

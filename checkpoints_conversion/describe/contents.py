@@ -138,10 +138,10 @@ def _writer(directory: Path, keys: list[str]) -> str:
     """Who wrote a torch_dist directory, as far as it tells."""
     common = read_common(directory)
     iteration = f", iteration {common['iteration']}" if type(common.get("iteration")) is int else ""
-    if common.get("converted_by") == CONVERTED_BY:
-        return "oprd convert import"
     if "oprd" in common:
         return f"a training run of this project{iteration}"
+    if common.get("converted_by") == CONVERTED_BY:
+        return "oprd convert import"
     if read_run_config(directory) is not None:
         return f"Megatron-Bridge{iteration}"
     if any(key.startswith("module.") for key in keys):

@@ -31,6 +31,8 @@ _MEGATRON = (FORMAT_FILE, TRACKER, ".metadata", "release", "iter_*", "mp_rank_*"
 
 def is_megatron(path: Path) -> bool:
     """Whether a directory is, or holds, a Megatron checkpoint rather than a Hugging Face model."""
+    if (path / FORMAT_FILE).is_file() and (path / ".metadata").is_file():  # a run's own may hold a bridge.safetensors
+        return True
     if not path.is_dir() or any(any(path.glob(pattern)) for pattern in _HUGGING_FACE):
         return False
     return any(any(path.glob(pattern)) for pattern in _MEGATRON)

@@ -27,7 +27,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CHECKPOINT_VERSION = 3.0
 """Of Megatron-LM's format: since 2.0, q, k and v are in the order that this project writes."""
 CONVERTED_BY = "oprd-megatron"
-"""Marks a checkpoint that was converted and not trained: until Megatron-LM or Megatron-Bridge saves it again."""
+"""Marks settings that this project wrote, of a converted model or a run; until Megatron-LM or Megatron-Bridge saves it."""
 GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 GEMMA3_PROVIDER = "megatron.bridge.models.gemma.gemma3_provider.Gemma3ModelProvider"
 

@@ -9,6 +9,7 @@ An expert's shard travels along its owner's pipeline first and then to the other
 the experts' own tensor-parallel group (mcore's `expt_tp`), which may be of another size than that of the rest.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as TensorMapping
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from checkpoints_conversion.architecture import Architecture, Sharding
 from checkpoints_conversion.families import mappings_for
 from checkpoints_conversion.mappings import Columns, Mapping
-from checkpoints_conversion.reader import HFReader, check_tensors
+from checkpoints_conversion.reader import HFReader, check_tensors, read_rows
+from checkpoints_conversion.weights import open_weights
 from oprd_megatron.errors import WeightSyncError
 
 FUSED_NORM_ALIASES = {
@@ -84,13 +86,13 @@ def load_hf_weights(
     expert_tp_group: dist.ProcessGroup | None = None,
     stores: TensorMapping[nn.Parameter, Store] | None = None,
 ) -> None:
-    """Fill this rank's parameters from a Hugging Face directory, in place, reading only this rank's slices and experts.
+    """Fill this rank's parameters from a model on disk, in place, reading only this rank's slices and experts.
 
     Values are cast to each parameter's dtype. Not collective: ranks may call it at different times.
 
     Args:
         model_chunks: unwrapped GPTModels of this rank.
-        hf_dir: directory with config.json and safetensors.
+        hf_dir: directory with config.json and safetensors, or a Megatron checkpoint (`checkpoints_conversion.weights`).
         sharding: this rank's slice of the model.
         arch: what `check_model(hf_dir)` returned.
         expert_tp_group: tensor-parallel group of the experts; None: they are cut like everything else.
@@ -103,8 +105,9 @@ def load_hf_weights(
     """
     sharding.check(arch)
     table = mappings_for(arch)
-    with HFReader(hf_dir) as reader:
-        check_tensors(reader, arch, reader.hf_dir)
+    with contextlib.closing(open_weights(Path(hf_dir), arch)) as source:
+        if isinstance(source, HFReader):
+            check_tensors(source, arch, source.hf_dir)
         for name, parameter in canonical_parameters(model_chunks).items():
             assert name in table, f"no mapping for parameter {name} of a {arch.family} model"
             cut = _cut_of(table[name], sharding, expert_tp_group)
@@ -113,7 +116,7 @@ def load_hf_weights(
             target = (
                 parameter if store is None else torch.empty(parameter.shape, dtype=store.dtype, device=parameter.device)
             )
-            table[name].load(target, reader.read, cut)
+            table[name].load(target, partial(read_rows, source), cut)
             if store is not None:
                 store.take(target)
 

@@ -8,12 +8,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from checkpoints_conversion import check_model
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.benchmarks.grading import Grader
 from oprd_megatron.benchmarks.run import load_benchmark, make_prompts, run_benchmark, sampling
 from oprd_megatron.config import RunConfig
 from oprd_megatron.config.benchmark import BenchmarkConfig
-from oprd_megatron.exporting import hf_directory
+from oprd_megatron.exporting import readable
 from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.record import make_engine, tensors_of
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
@@ -38,8 +38,8 @@ def benchmark_student(
     with contextlib.ExitStack() as stack:
         grader = stack.enter_context(Grader(settings.answer_seconds))
         problems = load_benchmark(settings, grader)
-        hf_dir = stack.enter_context(hf_directory(weights))
-        architecture = check_model(hf_dir)
+        hf_dir = stack.enter_context(readable(weights, config))
+        architecture = check_weights(hf_dir)
         tokenizer = load_tokenizer(hf_dir)
         check_tokenizer(tokenizer, architecture.vocab_size, hf_dir)
         params = sampling(settings, config.rollout.max_response_tokens, len(tokenizer))

@@ -25,12 +25,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, PositiveInt, StringConstraints
 
 from checkpoints_conversion.architecture import Architecture
+from checkpoints_conversion.convert.megatron_source import MegatronSource
 from checkpoints_conversion.families import mappings_for
 from checkpoints_conversion.files.dtypes import ITEMSIZE
 from checkpoints_conversion.files.source import TensorSource
 from checkpoints_conversion.formats.opening import open_source
+from checkpoints_conversion.interop import is_megatron
 from checkpoints_conversion.reader import check_tensors
 from checkpoints_conversion.tokenizer import PROBES
+from checkpoints_conversion.weights import open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,15 +70,17 @@ def model_fingerprint(path: Path, architecture: Architecture) -> ModelFingerprin
     """The fingerprint of a model directory. Reads one row a tensor: a few MB of a 72B model.
 
     Args:
-        path: Hugging Face directory (safetensors or .bin).
+        path: Hugging Face directory (safetensors or .bin), or a Megatron checkpoint: of the same weights in the same dtype it
+            has the same fingerprint.
         architecture: of this directory, as `read_architecture` returns it.
 
     Raises:
         CheckpointError: a weight file is missing or damaged, or a tensor is not what the architecture says.
     """
-    source = open_source(path)
+    source = open_weights(path, architecture) if is_megatron(path) else open_source(path)
     try:
-        check_tensors(source, architecture, path, strict=False)
+        if not isinstance(source, MegatronSource):  # which has been compared with the architecture
+            check_tensors(source, architecture, path, strict=False)
         weights = _weights_hash(source, architecture)
     finally:
         source.close()

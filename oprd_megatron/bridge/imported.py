@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, cast
 
-from checkpoints_conversion import check_model
+from checkpoints_conversion.weights import check_weights
 from oprd_megatron.bridge.artefact import BridgeInfo, write_bridge
 from oprd_megatron.bridge.authors import read_ps_bank
 from oprd_megatron.config import RunConfig
@@ -26,7 +26,7 @@ def import_ps_bank(source: Path, config: RunConfig, out: Path, first_layer: int)
     """
     refuse_several(config, "oprd bridge import")
     check_writable(out.parent, "--out")
-    teacher, student = check_model(config.teacher.path), check_model(config.student.path)
+    teacher, student = check_weights(config.teacher.path), check_weights(config.student.path)
     pairs = resolve_layer_pairs(config.distill, student.num_layers, teacher.num_layers)
     bank = read_ps_bank(source, cast(Literal[0, 1], first_layer), pairs)
     for name, width, found in (

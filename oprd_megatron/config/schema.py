@@ -99,7 +99,8 @@ class ModelConfig(Strict):
     """One of the two models."""
 
     path: Path
-    """Hugging Face directory (config.json, safetensors, tokenizer files)."""
+    """Hugging Face directory (config.json, safetensors, tokenizer files), or a Megatron checkpoint (torch_dist: a save
+    directory, one of its iter_.. or release directories, or a run) with config and tokenizer in hf/ in or beside it."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Compute and parameter dtype. A bf16 student trains with fp32 master weights."""
     precision: PrecisionConfig = PrecisionConfig()

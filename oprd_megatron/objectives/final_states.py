@@ -6,13 +6,17 @@ Legend: N response tokens of this data- and context-parallel rank; D width; V_lo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoints_conversion import HFReader, mappings_for
+from checkpoints_conversion import mappings_for
+from checkpoints_conversion.reader import read_rows
+from checkpoints_conversion.weights import open_weights
 from oprd_megatron.models import Model, no_output_loss
 from oprd_megatron.objectives.vocab_parallel import vocab_parallel_log_softmax
 from oprd_megatron.representation.batch import Sample
@@ -103,7 +107,7 @@ def teacher_head(teacher: Model, student: Model) -> torch.Tensor | None:
     if teacher.grid.is_last_stage and shards[0] == shards[1]:
         return teacher.head_weight
     mapping = mappings_for(teacher.architecture)["output_layer.weight"]
-    with HFReader(teacher.source) as reader:
+    with contextlib.closing(open_weights(teacher.source, teacher.architecture)) as source:
         rows = torch.empty(mapping.megatron_shape(student.sharding), dtype=teacher.config.params_dtype)
-        mapping.load(rows, reader.read, student.sharding)
+        mapping.load(rows, partial(read_rows, source), student.sharding)
     return rows.to(student.head_weight.device)

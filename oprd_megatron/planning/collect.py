@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from checkpoints_conversion import Architecture, read_architecture
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.config.schema import ModelConfig, RunConfig, needs_teacher_head
 from oprd_megatron.config.teachers import refuse_several
 from oprd_megatron.errors import ConfigError
@@ -57,7 +58,7 @@ def plan_run(
         UserError: one line: a config.json is missing, the layouts cannot work, the spool's budget is too small.
     """
     refuse_several(config, "oprd plan")
-    teacher, student = read_architecture(config.teacher.path), read_architecture(config.student.path)
+    teacher, student = (read_architecture(hf_dir_of(m.path)) for m in (config.teacher, config.student))
     bridge, needs_equal = config.distill.bridge, config.distill.space == "identity"
     if teacher.hidden_size != student.hidden_size and needs_equal and width is None:
         raise ConfigError(

@@ -8,7 +8,7 @@ How a batch goes through is `flow.py`'s business, in which space states are comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from oprd_megatron.representation.batch import BatchPlan, Chunk, Sample
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.flow import Forward, OutputSignal, Passes, StateFlow
 from oprd_megatron.representation.injection import Aligner
-from oprd_megatron.representation.layer_map import resolve_layer_pairs
+from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.representation.layer_weights import layer_weights
 from oprd_megatron.representation.loss import ALIGNMENT_FIELDS, LossScale
 from oprd_megatron.representation.space import Identity, Space, build_space
@@ -188,26 +188,49 @@ class Alignment:
             sums: this rank's, of one `run` or added up over several.
             lost: what this rank's wire lost in them (`StateFlow.rounding`); left out, of the last `run`.
         """
-        zero = torch.zeros(len(ALIGNMENT_FIELDS), dtype=torch.float64)
-        table = zero.new_zeros(0, len(zero))
-        if self.pairs:
-            table = torch.stack([sums.get(pair.student_layer, zero) for pair in self.pairs])
-            dist.all_reduce(table)
         rounding = torch.from_numpy(np.copy(self.flow.rounding if lost is None else lost))
         dist.all_reduce(rounding)
-        rows = table[:, ALIGNMENT_FIELDS.index("rows")]
-        means = dict(zip(ALIGNMENT_FIELDS, (table / rows.unsqueeze(1)).T.tolist(), strict=True))
-        weighted = sum(
-            self.layer_weights[p.student_layer] * loss for p, loss in zip(self.pairs, means["loss"], strict=True)
+        wire_error = float(rounding[0] / rounding[1]) if self.wire.is_lossy else None
+        return reduce_sums(
+            sums, self.pairs, self.coefficient, self.layer_weights, self.space.is_watched, wire_error=wire_error
         )
-        return AlignmentReport(
-            loss=self.coefficient * weighted / max(1, len(self.pairs)),
-            student_layers=[pair.student_layer for pair in self.pairs],
-            teacher_layers=[pair.teacher_layer for pair in self.pairs],
-            layer_loss=means["loss"],
-            mse=means["mse"],
-            cosine=means["cosine"],
-            norm_ratio=means["norm_ratio"],
-            inside=means["inside"] if self.space.is_watched else None,
-            wire_error=float(rounding[0] / rounding[1]) if self.wire.is_lossy else None,
-        )
+
+
+def reduce_sums(
+    sums: Mapping[int, torch.Tensor],
+    pairs: Sequence[LayerPair],
+    coefficient: float,
+    weights: Mapping[int, float],
+    is_watched: bool,
+    device: torch.device | None = None,
+    wire_error: float | None = None,
+) -> AlignmentReport:
+    """Add the ranks' {student layer: sums of `ALIGNMENT_FIELDS`} and average. Collective over the world: one all-reduce.
+
+    Args:
+        sums: this rank's.
+        pairs: the supervised layers.
+        coefficient, weights: of the loss.
+        is_watched: the space's.
+        device: what the all-reduce goes through, where the process group has no gloo; left out, the CPU.
+        wire_error: passed on.
+    """
+    zero = torch.zeros(len(ALIGNMENT_FIELDS), dtype=torch.float64)
+    table = zero.new_zeros(0, len(zero))
+    if pairs:
+        table = torch.stack([sums.get(pair.student_layer, zero) for pair in pairs]).to(device)
+        dist.all_reduce(table)
+    rows = table[:, ALIGNMENT_FIELDS.index("rows")]
+    means = dict(zip(ALIGNMENT_FIELDS, (table / rows.unsqueeze(1)).T.tolist(), strict=True))
+    weighted = sum(weights[pair.student_layer] * loss for pair, loss in zip(pairs, means["loss"], strict=True))
+    return AlignmentReport(
+        loss=coefficient * weighted / max(1, len(pairs)),
+        student_layers=[pair.student_layer for pair in pairs],
+        teacher_layers=[pair.teacher_layer for pair in pairs],
+        layer_loss=means["loss"],
+        mse=means["mse"],
+        cosine=means["cosine"],
+        norm_ratio=means["norm_ratio"],
+        inside=means["inside"] if is_watched else None,
+        wire_error=wire_error,
+    )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from megatron.core.utils import make_viewless_tensor
 from torch.nn.functional import cosine_similarity
 
 from oprd_megatron.parallel.grid import Grid
-from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.layer_map import LayerPair
 from oprd_megatron.representation.loss import (
     ALIGNMENT_FIELDS,
@@ -42,6 +41,25 @@ from oprd_megatron.representation.loss import (
 from oprd_megatron.representation.placement import TokenPlacement
 from oprd_megatron.representation.rows import block_rows, gather_rows
 from oprd_megatron.representation.space import Space
+from oprd_megatron.representation.wire import Wire
+
+
+class Delivered(Protocol):
+    """Teacher states for this rank, as they travelled: a `Delivery` that has been waited for, or somebody else's.
+
+    Attributes:
+        wire: their format.
+    """
+
+    wire: Wire
+
+    def rows(self, micro_batch: int, teacher_layer: int) -> torch.Tensor | None:
+        """The targets [N, C] of `block_rows`; None where this rank supervises no token of the micro-batch."""
+        ...
+
+    def release(self, micro_batch: int, teacher_layer: int) -> None:
+        """They are not needed again."""
+        ...
 
 
 class InjectRowLoss(torch.autograd.Function):
@@ -88,7 +106,7 @@ class Aligner:
     def __init__(
         self,
         pairs: Sequence[LayerPair],
-        delivery: Delivery,
+        delivery: Delivered,
         tokens: TokenPlacement,
         order: np.ndarray,
         grid: Grid,

@@ -181,17 +181,17 @@ def place_tokens(positions: Sequence[Sequence[int]], arrangement: Arrangement, l
                 tokens = slice(starts[sample], starts[sample + 1])
                 place = np.asarray(positions[sample], dtype=np.int64)
                 dp[tokens], micro_batch[tokens], row[tokens] = dp_rank, index, start + place
-                cp[tokens], local_row[tokens] = _context_share(place, start, span, layout.cp)
+                cp[tokens], local_row[tokens] = context_share(place, start, span, layout.cp)
             if layout.sp:
                 members = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in pack.samples] or [np.arange(0)])
                 rows_per_rank = pack.length // (layout.cp * layout.tp)
                 shard[members], local_row[members] = np.divmod(local_row[members], rows_per_rank)
     if not layout.sp and layout.tp > 1:
-        shard = _even_shares(np.stack([dp, cp, micro_batch]), row, layout.tp)
+        shard = even_shares(np.stack([dp, cp, micro_batch]), row, layout.tp)
     return TokenPlacement(dp, cp, micro_batch, row, shard, local_row, replicated=not layout.sp)
 
 
-def _context_share(place: np.ndarray, start: int, span: int, cp: int) -> tuple[np.ndarray, np.ndarray]:
+def context_share(place: np.ndarray, start: int, span: int, cp: int) -> tuple[np.ndarray, np.ndarray]:
     """(context-parallel rank, row in its share of the pack) of positions `place` of a span that begins at `start`."""
     if cp == 1:
         return np.zeros_like(place), start + place
@@ -201,7 +201,7 @@ def _context_share(place: np.ndarray, start: int, span: int, cp: int) -> tuple[n
     return rank, start // cp + offset + np.where(second, span // (2 * cp), 0)
 
 
-def _even_shares(block: np.ndarray, row: np.ndarray, tp: int) -> np.ndarray:
+def even_shares(block: np.ndarray, row: np.ndarray, tp: int) -> np.ndarray:
     """Split the tokens of each block (equal columns of `block`) evenly into tp shares, in order of their rows."""
     order = np.lexsort((row, *block))
     first = np.flatnonzero(np.concatenate([[True], np.any(np.diff(block[:, order], axis=1), axis=0)]))[: len(order)]

@@ -140,9 +140,16 @@ def build_space(
     check_space(config, *widths)
     if config.space == "linear":
         return Linear(widths[0], add_state_maps(student, pairs, widths[0], device))
+    return frozen_space(config, pairs, *widths, device)
+
+
+def frozen_space(
+    config: DistillConfig, pairs: Sequence[LayerPair], teacher_width: int, student_width: int, device: torch.device
+) -> Identity:
+    """A space in which nothing is trained: states as they are, or through the config's bridge."""
     if config.bridge is None:
-        return Identity(widths[0])
-    bridge = load_bridge(config.bridge, pairs, *widths, device)
+        return Identity(teacher_width)
+    bridge = load_bridge(config.bridge, pairs, teacher_width, student_width, device)
     return LowRank(bridge, head=config.bridge_head)
 
 

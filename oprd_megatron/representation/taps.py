@@ -14,10 +14,11 @@ The update of a layer is what its block adds: its output less its input, on the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from oprd_megatron.models import Model
 
@@ -43,19 +44,10 @@ def attached_taps(
         on_state: called on every forward of every micro-batch; under recomputation also when a layer is recomputed.
         tapped: the state after a layer, or what its block added to it (`final_state` then does not matter).
     """
-    wanted, handles = set(layers), []
-    for chunk in model.chunks:
-        for block in chunk.decoder.layers:
-            number = int(block.layer_number)
-            if number not in wanted:
-                continue
-            if tapped == "update":
-                hook = _update_hook(number, on_state)
-                handles.append(block.register_forward_hook(hook, with_kwargs=True))
-                continue
-            after_norm = number == model.architecture.num_layers and final_state == "post_norm"
-            module = chunk.decoder if after_norm else block
-            handles.append(module.register_forward_hook(_hook(number, on_state), with_kwargs=True))
+    after_norm = final_state == "post_norm" and tapped == "state"
+    places = tapped_modules(model.chunks, layers, model.architecture.num_layers if after_norm else None)
+    make_hook = _update_hook if tapped == "update" else _hook
+    handles = [module.register_forward_hook(make_hook(layer, on_state), with_kwargs=True) for layer, module in places]
     try:
         yield
     finally:
@@ -63,15 +55,38 @@ def attached_taps(
             handle.remove()
 
 
+def tapped_modules(
+    chunks: Sequence[GPTModel], layers: Iterable[int], normed_layer: int | None
+) -> list[tuple[int, torch.nn.Module]]:
+    """(layer, module whose output is its state) of those of these layers that live on this rank.
+
+    Args:
+        chunks: unwrapped GPTModels.
+        layers: 1-based global ids.
+        normed_layer: the layer whose state is the one after the final norm; None for none.
+    """
+    wanted = set(layers)
+    return [
+        (int(block.layer_number), chunk.decoder if block.layer_number == normed_layer else block)
+        for chunk in chunks
+        for block in chunk.decoder.layers
+        if block.layer_number in wanted
+    ]
+
+
 def _hook(layer: int, on_state: OnState) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        replacement = on_state(layer, keywords["packed_seq_params"].micro_batch, hidden)
-        if replacement is None:
-            return None
-        return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
+        return with_state(output, lambda hidden: on_state(layer, keywords["packed_seq_params"].micro_batch, hidden))
 
     return hook
+
+
+def with_state(output: Any, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
+    """A hook's return value: the output of a layer or a block with its hidden state changed, None if it stays."""
+    replacement = change(output[0] if isinstance(output, tuple) else output)
+    if replacement is None:
+        return None
+    return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
 
 
 def _update_hook(layer: int, on_state: OnState) -> Callable[..., None]:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StopStringCriteria
 from transformers.initialization import no_init_weights
 
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.errors import CheckpointError, ConfigError, WeightSyncError
 from oprd_megatron.rollout.checksum import checksum
 from oprd_megatron.rollout.engine import Request, Rollout, SamplingParams
@@ -28,7 +29,8 @@ class HFEngine:
     """A `RolloutEngine` on transformers.
 
     Args:
-        hf_dir: Hugging Face directory: config.json, generation_config.json (optional) and tokenizer files are read.
+        hf_dir: Hugging Face directory, or a Megatron checkpoint with one beside it: config.json, generation_config.json
+            (optional) and tokenizer files are read.
         dtype: Parameter and compute dtype; sampling and `score` work on fp32 logits.
         device: Where the copy of the model lives.
         batch_size: Sequences decoded or scored at a time.
@@ -44,7 +46,7 @@ class HFEngine:
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(hf_dir)
         self.eos_ids = eos_ids(Path(hf_dir), self.tokenizer.eos_token_id)
-        self._model = _empty_model(Path(hf_dir), dtype, self.device)
+        self._model = _empty_model(hf_dir_of(hf_dir), dtype, self.device)
         self._weights = as_in_files(self._model)  # a tied lm_head is not among them
         self._version: int | None = None
         # Nothing of the directory's sampling defaults may leak in: `generate` fills unset options from this one.
@@ -273,7 +275,7 @@ def eos_ids(hf_dir: Path, tokenizer_eos: int | None) -> list[int]:
     Raises:
         CheckpointError: none of them names one.
     """
-    found = [] if tokenizer_eos is None else [tokenizer_eos]
+    hf_dir, found = hf_dir_of(hf_dir), [] if tokenizer_eos is None else [tokenizer_eos]
     for name in ("generation_config.json", "config.json"):
         if (hf_dir / name).is_file():
             value = json.loads((hf_dir / name).read_text()).get("eos_token_id")

@@ -1,4 +1,4 @@
-"""Rollouts to a file, without training: one process, weights from a Hugging Face directory."""
+"""Rollouts to a file, without training: one process, weights from disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-from checkpoints_conversion import Architecture, HFReader, check_model, mappings_for, read_architecture
+from checkpoints_conversion import Architecture, mappings_for, read_architecture
+from checkpoints_conversion.reader import read_rows
+from checkpoints_conversion.weights import check_weights, hf_dir_of, open_weights
 from oprd_megatron.config import RunConfig
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.models import DTYPES
@@ -21,7 +23,13 @@ from oprd_megatron.rollout.prompts import load_prompts
 from oprd_megatron.rollout.recorded import RolloutWriter, check_suffix
 from oprd_megatron.rollout.recorded_row import Recorded
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
-from oprd_megatron.rollout.vllm.build import Student, make_colocated, make_server_engine, start_servers
+from oprd_megatron.rollout.vllm.build import (
+    Student,
+    make_colocated,
+    make_server_engine,
+    refuse_megatron,
+    start_servers,
+)
 
 
 def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engine: RolloutEngine | None = None) -> int:
@@ -38,7 +46,7 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         UserError: a broken model or prompt file, or an `out` that cannot be written.
     """
     check_suffix(out)
-    architecture = check_model(hf_dir)
+    architecture = check_weights(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
     check_tokenizer(tokenizer, architecture.vocab_size, hf_dir)
     section, teacher, vocab_size = config.rollout, None, architecture.vocab_size
@@ -46,7 +54,7 @@ def record_rollouts(config: RunConfig, hf_dir: Path, out: Path, steps: int, engi
         teacher = load_tokenizer(config.teacher.path)  # prompts that are too long for it are left out
     else:
         teachers = [teacher.path for teacher in config.teachers] or [config.teacher.path]
-        vocab_size = min(vocab_size, *(read_architecture(path).vocab_size for path in teachers))
+        vocab_size = min(vocab_size, *(read_architecture(hf_dir_of(path)).vocab_size for path in teachers))
     prompts = load_prompts(section.prompts, tokenizer, teacher)
     longest = max(len(prompt.token_ids) for prompt in prompts)
     student = Student(config, hf_dir, architecture, tokenizer, longest + section.max_response_tokens)
@@ -65,6 +73,7 @@ def make_engine(student: Student) -> RolloutEngine:
         raise ConfigError(
             "rollout.engine: file holds text that was written already; choose the engine that is to write"
         )
+    refuse_megatron(kind, student.path)
     platform = select_platform(config.run.device)
     if kind == "vllm_server":
         return make_server_engine(student, start_servers(student))
@@ -87,7 +96,7 @@ def _write(student: Student, text: OnPolicy, engine: RolloutEngine, out: Path, s
 
 
 def tensors_of(hf_dir: Path, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    with HFReader(hf_dir) as reader:
+    with contextlib.closing(open_weights(hf_dir, architecture)) as source:
         for mapping in mappings_for(architecture).values():
             for name, shape in mapping.hf_shapes.items() if mapping.exported else ():
-                yield name, reader.read(name, 0, shape[0])
+                yield name, read_rows(source, name, 0, shape[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from checkpoints_conversion.weights import hf_dir_of
 from oprd_megatron.errors import CheckpointError, DataError
 
 PROBE = "In 2024, she paid $1,234.50\n\n\tfor 37 naïve cafés: don't  ask 'why?'  日本語 🙂"
@@ -18,7 +19,8 @@ cut differently (a lost digit rule, another normalisation)."""
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory; reads only local files and runs no code from them.
+    """The tokenizer of a Hugging Face directory, or the one beside a Megatron checkpoint. Reads only local files and runs no
+    code from them.
 
     Raises:
         CheckpointError: the directory is missing or holds no tokenizer that transformers knows.
@@ -26,6 +28,7 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory")
+    path = hf_dir_of(path)
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{path}: no tokenizer_config.json or tokenizer.json; copy the model's tokenizer files there"

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from checkpoints_conversion import Architecture
+from checkpoints_conversion.interop import is_megatron
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import ConfigError
 from oprd_megatron.models import DTYPES
@@ -53,6 +54,19 @@ class Student:
     def clients(self, urls: Sequence[str]) -> list[ServerClient]:
         """One a server."""
         return [ServerClient(url, self.vocabulary) for url in urls]
+
+
+def refuse_megatron(engine: str, path: Path) -> None:
+    """vLLM reads no Megatron checkpoint.
+
+    Raises:
+        ConfigError: the engine is one of vLLM's, and the student's path holds one.
+    """
+    if engine in ("vllm", "vllm_server") and is_megatron(path):
+        raise ConfigError(
+            f"rollout.engine: {engine} starts from a Hugging Face directory, but the student {path} is a Megatron checkpoint; "
+            f"write one with `oprd convert export {path} DIRECTORY`, or use rollout.engine: hf"
+        )
 
 
 def start_servers(student: Student) -> list[ServerProcess]:
