@@ -83,11 +83,13 @@ def test_an_agent_is_lost_and_started_again(tmp_path: Path) -> None:
             wait_for(run / "checkpoints" / "latest_checkpointed_iteration.txt", first, logs[0])
             lose(second)
         assert (tmp_path / "bridge.json").exists()
-        done_before = len(train_records(run))
-        assert 2 <= done_before < 8, "too late to lose anything"
+        before = train_records(run)
+        assert 2 <= len(before) < 8, "too late to lose anything"
         with agent(logs[1], port, overrides) as second:
             assert (second.wait(120), first.wait(30)) == (0, 0), logs[0].read_text() + logs[1].read_text()
-    assert [record["step"] for record in train_records(run)] == list(range(1, 9))
+    after = train_records(run)
+    assert [record["step"] for record in after] == list(range(1, 9))
+    assert after[:2] == before[:2], "steps before the checkpoint were done again: their seconds differ"
     run_ranks(2, train_again, [*overrides, f"run.dir={tmp_path}/whole"])
     found = student_tensors(run)
     for name, tensor in student_tensors(tmp_path / "whole").items():
