@@ -8,6 +8,7 @@
     formats         the same for .bin and GGUF; tokenizer: what belongs to a model beside its weights
     torch_dist      megatron-core's checkpoint format; interop: what other packages look for beside it
     convert         import and export, resumable; commands: `oprd convert`
+    weights         what a run's path may be: Hugging Face or Megatron, with config and tokenizer
     verify          do two models compute the same?  describe: what is this directory?
     live            a live sharded model in and out
 Only `live` and `verify` import torch; `convert` has a helper process do so.

@@ -13,7 +13,8 @@ here):
                                                           global counts, and the schedule's x cp / micro-batches is undone
     nemo_rl/models/megatron/data.py         at 03017864   ProcessedMicrobatch; packs and their padded cu_seqlens
 NeMo-RL sets calculate_per_token_loss, and its loss functions return (loss, metrics): gradients are added up over ranks and
-divided by nothing, the third line of the table in `attach.py`.
+divided by nothing, the third line of the table in `attach.py`. Its split training API, which rescales gradients once a step, is
+not supported.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def reduce_sums(
         table = torch.stack([sums.get(pair.student_layer, zero) for pair in pairs]).to(device)
         dist.all_reduce(table)
     rows = table[:, ALIGNMENT_FIELDS.index("rows")]
-    means = dict(zip(ALIGNMENT_FIELDS, (table / rows.unsqueeze(1)).T.tolist(), strict=True))
+    means = dict(zip(ALIGNMENT_FIELDS, (table / rows.clamp_min(1).unsqueeze(1)).T.tolist(), strict=True))
     weighted = sum(weights[pair.student_layer] * loss for pair, loss in zip(pairs, means["loss"], strict=True))
     return AlignmentReport(
         loss=coefficient * weighted / max(1, len(pairs)),

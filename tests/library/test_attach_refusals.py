@@ -58,6 +58,8 @@ def refusals(folder: Path) -> dict[str, str]:
         found["never ran"] = said(never, oprd)
         found["lengths"] = said(TokenBatch.of, torch.zeros(2, 4), torch.zeros(2, 5))
         found["right"] = said(run, oprd, megatron_batch)
+        nothing = lambda item: replace(megatron_batch({**item, "loss_mask": item["loss_mask"] * 0}), loss_tokens=13)  # noqa: E731
+        found["right"] += said(run, oprd, nothing) + ("" if oprd.report.loss == 0 else "a loss of nothing")
         oprd.detach()
         oprd = attach(model, small, distill)
         found["vocabulary"] = said(run, oprd, megatron_batch)

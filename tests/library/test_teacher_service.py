@@ -29,7 +29,7 @@ from oprd_megatron.bridge.artefact import BridgeInfo, Fingerprints, read_info, w
 from oprd_megatron.bridge.fingerprint import model_fingerprint, tokenizer_fingerprint
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.schema import DistillConfig, ParallelConfig
-from oprd_megatron.errors import UserError
+from oprd_megatron.errors import DataError, UserError
 from oprd_megatron.library import (
     InProcessTeacher,
     RemoteTeacher,
@@ -40,7 +40,7 @@ from oprd_megatron.library import (
     megatron_batch,
     representation_step,
 )
-from oprd_megatron.library.teacher_service.frames import Question
+from oprd_megatron.library.teacher_service.frames import PARTS, Question
 from oprd_megatron.library.teacher_service.scoring import Scorer
 from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.rollout.tokenizer import load_tokenizer
@@ -179,6 +179,29 @@ def test_what_the_teacher_has_not_is_one_line(service: str, bad: str) -> None:
     assert (reply.status_code, reply.json()["error"]) == (400, line)
 
 
+def test_any_frame_is_read_or_refused(service: str) -> None:
+    """Numbers at random, huge and negative ones too: never an error of another kind, never a question that is not whole."""
+    info, rng, read = TeacherClient(service).info, np.random.default_rng(0), 0
+    for _ in range(500):
+        frame = Question([np.array([1, 2, 3]), np.array([4])], [np.array([0, 2]), np.array([0])], [2]).parts()
+        name = str(rng.choice(PARTS))
+        values = frame[name].clone()
+        values[rng.integers(len(values))] = int(rng.choice([-1, 0, 1, 2, 3, 5, 288, 2**62, 2**63 - 1]))
+        frame[name] = values[: rng.integers(len(values) + 1)] if rng.random() < 0.3 else values
+        try:
+            question = Question.unpack(save(frame), info)
+        except DataError as error:
+            assert "\n" not in str(error)
+        else:
+            read += 1
+            assert (
+                sum(map(len, question.sequences)) == 4
+                and question.num_states == 3
+                and question.layers in ([2], [3], [5])
+            )
+    assert read > 20
+
+
 def test_only_safetensors_of_bounded_length_are_read(service: str, tmp_path: Path) -> None:
     """A pickle is not opened; a frame that is too long, or does not say how long it is, is not read."""
 
@@ -244,11 +267,11 @@ def step_with(files: Files, kind: str, url: str, layout: Layout) -> dict[str, An
         return gradients_of(bare, architecture_of(files.student)) | {"loss": oprd.report.loss}
 
 
-def test_every_teacher_gives_the_same_gradients(files: Files, service: str) -> None:
-    """In process, over the wire, or in the batch: a student on two stages learns the same."""
+@pytest.mark.parametrize("layout", [Layout(pp=2), Layout(tp=2)], ids=["pp2", "tp2"])
+def test_every_teacher_gives_the_same_gradients(files: Files, service: str, layout: Layout) -> None:
+    """In process, over the wire, or in the batch: a student on two ranks learns the same."""
     ranks = {
-        kind: run_ranks(2, step_with, files, kind, service, Layout(pp=2))
-        for kind in ("in_process", "remote", "in_batch")
+        kind: run_ranks(2, step_with, files, kind, service, layout) for kind in ("in_process", "remote", "in_batch")
     }
     for kind in ("remote", "in_batch"):
         for mine, expected in zip(ranks[kind], ranks["in_process"], strict=True):
@@ -275,17 +298,25 @@ def test_states_as_they_are_from_two_stages(files: Files) -> None:
         torch.testing.assert_close(first[layer], states_by_transformers(files, layer), rtol=1e-5, atol=1e-5)
 
 
-def test_it_stops_on_sigterm_and_refuses_a_foreign_bridge(files: Files) -> None:
-    """Exit code 0 and a word; a bridge of another teacher is one line and code 2."""
+def foreign_bridge(files: Files) -> str:
+    """What is said to a bridge of another teacher."""
+    values = tiny_values(files.folder)
+    values["teacher"]["path"], values["distill"] = str(files.student), {"bridge": str(files.bridge)}
+    with pytest.raises(UserError) as found, PLATFORM.scope():
+        Scorer(parse_config(values, "test"), PLATFORM, 2**20)
+    return str(found.value)
+
+
+def test_a_foreign_bridge_is_refused(files: Files) -> None:
+    """By the fingerprint of the teacher that it was fitted for."""
+    (line,) = run_ranks(1, foreign_bridge, files)
+    assert re.match(r"distill\.bridge: .* was fitted for teacher .* differs in its family", line)
+
+
+def test_it_stops_on_sigterm(files: Files) -> None:
+    """After the question at hand, with a word and exit code 0."""
     with served(files) as (url, process):
         assert TeacherClient(url).info.bridge is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert process.stdout is not None and process.stdout.read() == "stopped\n"
-    with (
-        pytest.raises(
-            AssertionError, match=r"error: distill\.bridge: .* was fitted for teacher .* differs in its family"
-        ),
-        served(files, f"distill.bridge={files.bridge}", f"teacher.path={files.student}"),
-    ):
-        pass

@@ -75,14 +75,18 @@ class Question:
         """P."""
         return sum(map(len, self.positions))
 
-    def pack(self) -> bytes:
-        """One frame."""
+    def parts(self) -> dict[str, torch.Tensor]:
+        """By their names in a frame."""
         whole = {
             "ids": _joined(self.sequences), "lengths": [len(ids) for ids in self.sequences],
             "positions": _joined(self.positions), "counts": [len(where) for where in self.positions],
             "layers": list(self.layers),
         }  # fmt: skip
-        return save({name: torch.as_tensor(values, dtype=torch.int64) for name, values in whole.items()})
+        return {name: torch.as_tensor(values, dtype=torch.int64) for name, values in whole.items()}
+
+    def pack(self) -> bytes:
+        """One frame."""
+        return save(self.parts())
 
     @classmethod
     def unpack(cls, frame: bytes, info: ServiceInfo) -> Question:
@@ -95,13 +99,11 @@ class Question:
         if set(parts) != set(PARTS) or any(part.dtype != torch.int64 or part.ndim != 1 for part in parts.values()):
             raise DataError(f"the question must hold {', '.join(PARTS)}, each int64 of one dimension")
         ids, lengths, positions, counts, layers = (parts[name].numpy() for name in PARTS)
-        if (
-            len(lengths) != len(counts)
-            or (lengths < 1).any()
-            or (counts < 0).any()
-            or not len(lengths)
-            or not len(layers)
-        ):
+        sizes_fit = len(lengths) == len(counts) and all(
+            bool(((sizes >= least) & (sizes <= len(values))).all())
+            for sizes, values, least in ((lengths, ids, 1), (counts, positions, 0))
+        )
+        if not len(layers) or not len(lengths) or not sizes_fit:
             raise DataError(
                 "the question needs a layer and a sequence; lengths and counts belong to sequences, one each"
             )
