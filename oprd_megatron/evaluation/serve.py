@@ -1,7 +1,7 @@
 """`oprd report --serve`: the run's page on this machine's loopback, which refreshes itself while the run goes on.
 
 The browser asks for a version, a few bytes, and for the page when that has changed. A page is drawn only when it is asked for,
-the metrics are other ones, and a while has passed: at most a tenth of the time goes into drawing, for the run needs the cores.
+the metrics are other ones, and a while has passed: at most a sixth of one core goes into drawing, for the run needs them.
 Nothing else is served, no folder is listed, and requests that name another host are refused: a web page elsewhere cannot read
 the run by pointing its own name at this machine.
 """
@@ -24,8 +24,8 @@ from oprd_megatron.logging import METRICS_FILE
 from oprd_megatron.run_files import CONFIG_FILE
 
 LOOPBACK = "127.0.0.1"
-PAUSE_SHARE = 10
-"""Times as long as the last drawing took, until the next."""
+PAUSE_SHARE = 5
+"""Times as long as the last drawing kept a core busy, until the next."""
 
 
 class LivePage:
@@ -51,10 +51,10 @@ class LivePage:
         with self._lock:
             version = self._due()
             if version != self._version:
-                start = time.monotonic()
+                start = time.thread_time()
                 self._html = self._draw(version)
-                now = time.monotonic()
-                self._version, self._not_before = version, now + PAUSE_SHARE * (now - start)
+                pause = PAUSE_SHARE * (time.thread_time() - start)
+                self._version, self._not_before = version, time.monotonic() + pause
             return self._html
 
     def _due(self) -> str:

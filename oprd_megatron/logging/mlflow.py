@@ -62,15 +62,17 @@ class MlflowLogger:
                 httpx.head(uri, timeout=10)  # any answer will do
             self._client = MlflowClient(uri)
             if self._told.run_id is None:
-                self._told.begin(self._make_run(uri, settings, run_dir, config))
+                self._run_id = self._make_run(uri, settings, run_dir, config)
+                self._told.begin(self._run_id)
             else:
-                self._client.update_run(self._told.run_id, status="RUNNING")
+                self._run_id = self._told.run_id
+                self._client.update_run(self._run_id, status="RUNNING")
         except (MlflowException, httpx.HTTPError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"logging.mlflow: {uri}: {reason}; mend tracking_uri, or remove {self._told.path} to begin a new MLflow run"
             ) from None
-        messages.info("MLflow: run %s in %s", self._told.run_id, uri)
+        messages.info("MLflow: run %s in %s", self._run_id, uri)
 
     def _make_run(self, uri: str, settings: MlflowConfig, run_dir: Path, config: dict[str, Any]) -> str:
         experiment = self._client.get_experiment_by_name(settings.experiment)
@@ -92,13 +94,13 @@ class MlflowLogger:
         """See `Logger.log`."""
         if not self._told.is_news(record):
             return
-        now, step, run_id = int(time.time() * 1000), record["step"], self._told.run_id
+        now, step = int(time.time() * 1000), record["step"]
         metrics = [Metric(_allowed(tag), value, now, step) for tag, value in scalars(record).items()]
         for first in range(0, len(metrics), MOST_METRICS):
-            self._ask(partial(self._client.log_batch, run_id, metrics[first : first + MOST_METRICS]))
+            self._ask(partial(self._client.log_batch, self._run_id, metrics[first : first + MOST_METRICS]))
         if record["kind"] == "summary":
             self._is_whole = True
-            self._ask(partial(self._client.set_tag, run_id, "export", record["export"] or "none"))
+            self._ask(partial(self._client.set_tag, self._run_id, "export", record["export"] or "none"))
         if not self._is_lost:
             self._told.add(record)
 
@@ -109,7 +111,7 @@ class MlflowLogger:
     def close(self) -> None:
         """See `Logger.close`. A run without its summary ends as KILLED, and is RUNNING again when it is resumed."""
         status = "FINISHED" if self._is_whole else "KILLED"
-        self._ask(partial(self._client.set_terminated, self._told.run_id, status))
+        self._ask(partial(self._client.set_terminated, self._run_id, status))
 
     def _ask(self, request: Callable[[], Any]) -> None:
         """Do it, unless an earlier request failed."""
