@@ -16,6 +16,7 @@ from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
 from oprd_megatron.run_directory import CONFIG_FILE
+from oprd_megatron.run_lock import LOCK_FILE
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model, tiny_tokenizer
 from tests.training.runs import changed, train_on_rank, train_run, with_layout
@@ -25,7 +26,7 @@ Mistake = Callable[[Values, Path], Values]
 
 
 def files_below(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != LOCK_FILE}
 
 
 def refusal(values: Values, folder: Path, world_size: int = 1) -> str:
