@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from oprd_megatron.benchmarks.in_loop import InLoop
-from oprd_megatron.bridge.health import Health
 from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import StoppedEarly
@@ -22,14 +20,14 @@ from oprd_megatron.evaluation.several import Evaluation
 from oprd_megatron.evaluation.summary import print_summary
 from oprd_megatron.logging import METRICS_FILE, Loggers, read_records, write_atomically
 from oprd_megatron.logging.build import open_loggers
-from oprd_megatron.logging.memory import world_memory_mib, world_peak_memory_bytes
-from oprd_megatron.noise.gate import NoiseGate, gate_from_file
-from oprd_megatron.noise.measure import measured_gate, prompt_samples
+from oprd_megatron.logging.memory import world_peak_memory_bytes
+from oprd_megatron.measuring import Measuring
+from oprd_megatron.models import Model
 from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.hang import Hang
 from oprd_megatron.parallel.heartbeat import heartbeat
-from oprd_megatron.placing import PlacedTeacher, build_all
+from oprd_megatron.placing import build_all
 from oprd_megatron.planning.room import check_device
 from oprd_megatron.platform import Platform, init_distributed, select_platform
 from oprd_megatron.preflight import Checked, preflight
@@ -43,10 +41,8 @@ from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
 from oprd_megatron.run_lock import run_lock
 from oprd_megatron.saving import Saver
 from oprd_megatron.stopping import Stopping
-from oprd_megatron.stragglers import Stragglers, peers_of
 from oprd_megatron.trainer import Trainer, export_student
-
-messages = logging.getLogger(__name__)
+from oprd_megatron.watch import Watch
 
 MINUTES_TO_REPORT = 10.0
 """Collectives time out so much after `run.hang_minutes`."""
@@ -86,6 +82,7 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     with here.phase("models"):
         teachers, student = build_all(checked, platform)
     held_out = Evaluation(checked, teachers, student, platform) if config.eval else None
+    measuring = Measuring(config, held_out, benchmark)
     trainer = Trainer(checked, teachers, student, platform, make_engine)
     space = None if config.teachers else teachers[0].space  # which a refit may change, and a checkpoint then holds
     progress = Progress(step=0, weight_version=0)
@@ -94,51 +91,31 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
         saver.resumed(checked.resume_from)
         if space is not None:
             resume_bridge(space, checked.resume_from / BRIDGE, checked.pairs, teachers[0].model, student)
-    shows = config.rollout.engine != "file"  # recorded text has no answers to held-out prompts
     logger = open_run(config, progress, fresh=checked.resume_from is None)
-    health, gates = watch_bridges(config, teachers), noise_gates(trainer, platform)
-    peers = peers_of([teacher.model for teacher in teachers], student, writes=trainer.engine is not None)
-    stragglers = Stragglers(peers, config.logging.slow_rank_factor)
+    watch = Watch(config, trainer, teachers, student, platform)
+
+    def measure(step: int) -> None:
+        for record in measuring.records(step, trainer.engine):
+            saver.note(record)
+            log(logger, record)
+            if record["kind"] == "eval":
+                watch.evaluation(record)
+
     trainer.sync(progress.weight_version)
-    if held_out and checked.resume_from is None:
-        with here.phase("eval"):
-            record = held_out.record(0, trainer.engine, samples=shows)
-        saver.note(record)
-        log(logger, record)
-        warnings(health, record)  # what later ones are held against
-    if benchmark and checked.resume_from is None:
-        with here.phase("benchmark"):
-            record = benchmark.record(0, trainer.engine)
-        saver.note(record)
-        log(logger, record)
-    last = min(config.run.steps, config.run.stop_at or config.run.steps)
+    if checked.resume_from is None:
+        measure(0)
+    last, every = min(config.run.steps, config.run.stop_at or config.run.steps), config.checkpoint.every
     for step in range(progress.step, last):
         here.step = step + 1
-        record = trainer.step(step)
-        slowest, memory = stragglers.record(trainer.own_seconds), world_memory_mib(platform.device)
-        log(logger, {**record, "memory_mib": memory, **({"stragglers": slowest} if slowest else {})})
-        for line in [*noise_warnings(gates, record), *stragglers.warnings(slowest)]:
-            messages.warning(line)
+        log(logger, watch.step(trainer.step(step)))
         progress = Progress(step + 1, trainer.weight_version)
-        if held_out and held_out.due(progress.step, config.run.steps):
-            is_last = progress.step == config.run.steps
-            with here.phase("eval"):
-                record = held_out.record(progress.step, trainer.engine, samples=is_last and shows)
-            saver.note(record)
-            log(logger, record)
-            for line in warnings(health, record):
-                messages.warning(line)
-        if benchmark and benchmark.due(progress.step, config.run.steps):
-            with here.phase("benchmark"):
-                record = benchmark.record(progress.step, trainer.engine)
-            saver.note(record)
-            log(logger, record)
+        measure(progress.step)
         saver.poll()
         reason = stopping.reason() if progress.step < last else None
-        if progress.step == last or reason:
+        ends = progress.step == last or reason is not None
+        if ends:
             trainer.close()  # the engine's copy of the student need not be there while saving and exporting
-        due = config.checkpoint.every and progress.step % config.checkpoint.every == 0
-        if progress.step == last or reason or due:
+        if ends or (every and progress.step % every == 0):
             bridge = space.whole if isinstance(space, LowRank) else None
             saver.save(student, trainer.optimizer, progress, bridge, trainer.average)
         if reason:
@@ -148,11 +125,7 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
             raise StoppedEarly(
                 f"step {progress.step} of {config.run.steps} because {reason}; a checkpoint is saved, the same command goes on"
             )
-    finished = progress.step == config.run.steps
-    export = config.run.dir / "student_hf" if config.run.export and finished else None
-    if export:
-        with here.phase("export"):
-            export_student(student, config.student.path, export, overwrite=True)
+    export = export_finished(config, student, progress)
     saver.finish()
     summary = {
         "kind": "summary",
@@ -167,51 +140,14 @@ def run(checked: Checked, platform: Platform, started: float, stopping: Stopping
     show_result(config)
 
 
-def watch_bridges(config: RunConfig, teachers: Sequence[PlacedTeacher]) -> dict[str, Health]:
-    """{teacher: what follows its bridge from here on, and from what the run has measured so far}, for teachers with one."""
-    metrics = config.run.dir / METRICS_FILE
-    health = {t.name: Health(config.bridge.warn_drop) for t in teachers if isinstance(t.space, LowRank)}
-    for record in read_records(metrics) if health and metrics.exists() else []:
-        if record["kind"] == "eval":
-            warnings(health, record)
-    return health
-
-
-def warnings(health: dict[str, Health], record: dict[str, Any]) -> list[str]:
-    """What there is to say about the bridges after an evaluation."""
-    if "teachers" not in record:
-        return [line for watch in health.values() for line in watch.warnings(record)]
-    return [
-        f"teacher {name}: {line}"
-        for name, watch in health.items()
-        if name in record["teachers"]
-        for line in watch.warnings({**record["teachers"][name], "step": record["step"]})
-    ]
-
-
-def noise_gates(trainer: Trainer, platform: Platform) -> dict[str, NoiseGate]:
-    """{teacher: what watches the noise of its rounding}, for teachers whose `precision.noise` asks for it. Collective."""
-    gates = {}
-    for lesson in trainer.lessons:
-        checked = lesson.placed.checked
-        precision = checked.config.teacher.precision
-        if precision.noise_file is not None:
-            gates[lesson.name] = gate_from_file(checked.config, lesson.alignment.pairs)
-        elif precision.noise == "measure":
-            with lesson.placed.at_work():
-                samples = prompt_samples(checked)
-                gates[lesson.name] = measured_gate(checked, lesson.alignment, samples, platform)
-    return gates
-
-
-def noise_warnings(gates: dict[str, NoiseGate], record: dict[str, Any]) -> list[str]:
-    """What there is to say about rounding after a step."""
-    of_teachers, found = record.get("teachers", {}), []
-    for name, gate in gates.items():
-        layers = of_teachers.get(name, {} if of_teachers else record).get("layers")
-        whose = f"teacher {name}: " if of_teachers else ""
-        found += [f"{whose}{line}" for line in (gate.warnings(layers, record["step"]) if layers else [])]
-    return found
+def export_finished(config: RunConfig, student: Model, progress: Progress) -> Path | None:
+    """Write the student of a run whose last step is done as a Hugging Face directory, unless it is not wanted. Collective."""
+    if not config.run.export or progress.step < config.run.steps:
+        return None
+    folder = config.run.dir / "student_hf"
+    with here.phase("export"):
+        export_student(student, config.student.path, folder, overwrite=True)
+    return folder
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -92,9 +92,8 @@ def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if "WORLD_SIZE" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun keeps the store, and with it the addresses of a last life
+        # torchrun keeps the store, and with it the addresses of a last life; several agents may count lives differently
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"life/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(platform.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         if platform.is_cuda:

@@ -15,7 +15,9 @@ import oprd_megatron.saving
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
+from oprd_megatron.retention import FIGURES
 from oprd_megatron.run_files import CONFIG_FILE
+from oprd_megatron.run_lock import LOCK_FILE
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model, tiny_tokenizer
 from tests.training.runs import changed, train_on_rank, train_run, with_layout
@@ -25,7 +27,7 @@ Mistake = Callable[[Values, Path], Values]
 
 
 def files_below(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != LOCK_FILE}
 
 
 def refusal(values: Values, folder: Path, world_size: int = 1) -> str:
@@ -282,7 +284,7 @@ def test_damaged_checkpoints(tmp_path: Path, values: Values) -> None:
         {**values, "checkpoint": {"every": 1, "resume": "never"}}, tmp_path, world_size=2
     )
     newest = run_dir / "checkpoints" / "iter_0000002"
-    files = [path for path in sorted(newest.iterdir()) if path.stat().st_size > 1]
+    files = [path for path in sorted(newest.iterdir()) if path.stat().st_size > 1 and path.name != FIGURES]
     assert {".metadata", "common.pt", "metadata.json"} < {path.name for path in files}
     for path in files:
         whole = path.read_bytes()

@@ -17,7 +17,6 @@ from oprd_megatron.diagnosis import diagnose
 from oprd_megatron.errors import ConfigError, TeacherWeightsError
 from oprd_megatron.evaluation.comparison import eval_table
 from oprd_megatron.launch import default_num_ranks
-from oprd_megatron.loop import warnings
 from oprd_megatron.models.residence import Residence, checksum
 from oprd_megatron.optimizer import stream_gradients
 from oprd_megatron.placing import build_all
@@ -25,6 +24,7 @@ from oprd_megatron.planning import plan_run
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
 from oprd_megatron.trainer import Trainer
+from oprd_megatron.watch import bridge_warnings
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model
 from tests.training.runs import changed, student_tensors, train_on_rank, train_records
@@ -241,8 +241,8 @@ def test_a_bridge_of_its_own(tmp_path: Path, values: Values) -> None:
     health = {"math": Health(0.0)}
     fallen = {**evals[0]["teachers"]["math"]}
     fallen["layers"] = {**fallen["layers"], "cosine": [-1.0] * 4}
-    assert warnings(health, evals[0]) == []
-    (*_, line) = warnings(health, {**evals[0], "step": 9, "teachers": {**evals[0]["teachers"], "math": fallen}})
+    assert bridge_warnings(health, evals[0]) == []
+    (*_, line) = bridge_warnings(health, {**evals[0], "step": 9, "teachers": {**evals[0]["teachers"], "math": fallen}})
     assert line.startswith("teacher math: step 9: student layer 4: held-out cosine through the bridge fell to -1.000")
 
 
