@@ -80,7 +80,7 @@ def with_bridge(values: Values, folder: Path, is_mlp: bool = False, **distill: A
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
     """The run's train and eval records without what depends on clock and machine."""
-    timed = ("seconds", "tokens_per_second", "memory_mib", "samples")
+    timed = ("seconds", "tokens_per_second", "memory_mib", "stragglers", "samples")
     records = train_records(run_dir) + train_records(run_dir, "eval")
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
