@@ -20,9 +20,13 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from oprd_megatron.entry import EXIT_USER_ERROR, one_line_errors, quiet_libraries
 from oprd_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from oprd_megatron.config import RunConfig
 
 FLAGS = ("--dry-run", "--help")
 WITH_VALUE = ("--check", "--leave-code")
@@ -105,8 +109,20 @@ def run(path: Path, overrides: list[str]) -> None:
     check_world(config, os.environ)
     from oprd_megatron.loop import train
 
-    if config.distill.bridge is not None and not config.distill.bridge.exists():
+    if config.distill.bridge is not None and _is_absent(config.distill.bridge, config):
         from oprd_megatron.bridge.stage1 import fit
 
         fit(config, config.distill.bridge, stays=True)
     train(config)
+
+
+def _is_absent(file: Path, config: RunConfig) -> bool:
+    """Whether rank 0 does not find a file; a shared file system may show other ranks an older folder. Collective."""
+    import torch.distributed as dist
+
+    from oprd_megatron.platform import init_distributed, select_platform
+
+    init_distributed(select_platform(config.run.device))
+    absent = [not file.exists()]
+    dist.broadcast_object_list(absent, src=0)
+    return absent[0]
