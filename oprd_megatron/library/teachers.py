@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from megatron.core import tensor_parallel
 
 from checkpoints_conversion.weights import check_weights
 from oprd_megatron.config.distill import DistillConfig
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.schema import ParallelConfig
 from oprd_megatron.errors import DataError
 from oprd_megatron.library.batches import Step, TokenBatch
 from oprd_megatron.models import DTYPES, Model, build_model, no_output_loss, run_schedule
+from oprd_megatron.models.spec import has_transformer_engine
 from oprd_megatron.parallel import resolve_layout, tp_divisible
 from oprd_megatron.parallel.grid import Grid, build_grid, init_mcore_globals
-from oprd_megatron.platform import Platform
+from oprd_megatron.parallel.precision import Machine, check_precision
+from oprd_megatron.platform import Platform, compute_capability
 from oprd_megatron.representation.exchange import Delivery
 from oprd_megatron.representation.feed import micro_batches
 from oprd_megatron.representation.injection import Delivered
@@ -104,7 +107,8 @@ class InProcessTeacher:
         parallel: ParallelConfig | None = None,
         *,
         platform: Platform,
-        dtype: str = "bf16",
+        dtype: Literal["fp32", "bf16"] = "bf16",
+        precision: PrecisionConfig | None = None,
         pad_heads: bool = False,
         micro_batch_tokens: int = 8192,
     ) -> InProcessTeacher:
@@ -115,23 +119,29 @@ class InProcessTeacher:
             parallel: its layout; left out, one copy on every rank (dp).
             platform: of this rank (`select_platform`).
             dtype: fp32 or bf16.
+            precision: of its linear layers.
             pad_heads, micro_batch_tokens: as in `run` and `student`.
 
         Raises:
             CheckpointError, LayoutError: one line.
         """
         architecture = check_weights(Path(path))
+        precision = precision or PrecisionConfig()
         layout = resolve_layout(
             parallel or ParallelConfig(), name="teacher", world_size=dist.get_world_size(),
             num_layers=architecture.num_layers, divisible=tp_divisible(architecture, pad_heads),
+            token_multiple=precision.token_multiple,
         )  # fmt: skip
+        machine = Machine(compute_capability("auto" if platform.is_cuda else "cpu"), has_transformer_engine())
+        check_precision("teacher", precision, architecture, layout, layout, machine)
         with platform.scope():
             grid = build_grid(layout)
             if not tensor_parallel.get_cuda_rng_tracker().is_initialized():  # else it is the student's, and stays
                 init_mcore_globals(0, grid.coords.tp if grid.is_member else 0)
         model = build_model(
-            architecture, grid, platform, dtype=DTYPES[dtype], hf_dir=Path(path), frozen=True, head=False
-        )
+            architecture, grid, platform, dtype=DTYPES[dtype], hf_dir=Path(path), frozen=True, precision=precision,
+            head=False,
+        )  # fmt: skip
         return cls(model, micro_batch_tokens)
 
     @property

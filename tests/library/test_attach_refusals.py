@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from oprd_megatron.config.precision import PrecisionConfig
 from oprd_megatron.config.schema import DistillConfig
 from oprd_megatron.errors import UserError
 from oprd_megatron.library import InProcessTeacher, StatesInBatch, TokenBatch, attach, megatron_batch
+from oprd_megatron.models.weight_only import weight_only_modules
 from tests.library.test_attach import SIZE, WIDTH, get_inputs, items
 from tests.library.user_models import PLATFORM, Layout, architecture_of, chunks_of, lm_step, trained
 from tests.ranks import run_ranks
@@ -34,6 +36,10 @@ def refusals(folder: Path) -> dict[str, str]:
         (model,) = trained(bare)
         teacher = InProcessTeacher.load(folder / "teacher", platform=PLATFORM, dtype="fp32")
         small = InProcessTeacher.load(folder / "small", platform=PLATFORM, dtype="fp32")
+        in_fp8 = InProcessTeacher.load(
+            folder / "teacher", platform=PLATFORM, dtype="fp32", precision=PrecisionConfig(linear="weight_only")
+        )
+        assert weight_only_modules(in_fp8.model.chunks)
         distill = DistillConfig(positions="all")
         found = {
             "linear": said(attach, model, teacher, DistillConfig(mode="linear")),

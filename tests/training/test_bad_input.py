@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import oprd_megatron.saving
+from checkpoints_conversion.interop import RUN_CONFIG
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
@@ -276,15 +277,16 @@ def short_run(values: Values, **layout: int) -> Values:
 
 
 def test_damaged_checkpoints(tmp_path: Path, values: Values) -> None:
-    """A run refuses a checkpoint with any of its files cut in half, naming it, without touching metrics or checkpoints;
-    `resume: never` refuses a whole one; with the tracker set back to an older one the run goes on."""
+    """A run refuses a checkpoint with any of the files that it reads cut in half, naming it, without touching metrics or
+    checkpoints; `resume: never` refuses a whole one; with the tracker set back to an older one the run goes on."""
     values = short_run(values, dp=2)
     run_dir = tmp_path / "run"
     assert "set checkpoint.resume: auto" in refusal(
         {**values, "checkpoint": {"every": 1, "resume": "never"}}, tmp_path, world_size=2
     )
     newest = run_dir / "checkpoints" / "iter_0000002"
-    files = [path for path in sorted(newest.iterdir()) if path.stat().st_size > 1 and path.name != FIGURES]
+    others = {FIGURES, RUN_CONFIG}  # not what a run goes on from
+    files = [path for path in sorted(newest.iterdir()) if path.stat().st_size > 1 and path.name not in others]
     assert {".metadata", "common.pt", "metadata.json"} < {path.name for path in files}
     for path in files:
         whole = path.read_bytes()

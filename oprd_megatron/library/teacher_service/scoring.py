@@ -45,8 +45,9 @@ class Scorer:
         bridge = None if distill.bridge is None else read_info(distill.bridge)
         self.distill, self.platform = distill, platform
         self.teacher = InProcessTeacher.load(
-            section.path, section.parallel, platform=platform, dtype=section.dtype, pad_heads=section.pad_heads
-        )
+            section.path, section.parallel, platform=platform, dtype=section.dtype, precision=section.precision,
+            pad_heads=section.pad_heads,
+        )  # fmt: skip
         architecture = self.teacher.model.architecture
         fingerprint = model_fingerprint(section.path, architecture)
         if bridge is not None:
