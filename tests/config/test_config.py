@@ -257,7 +257,7 @@ EVERYTHING = {
     },
     "bridge": {"rank": 4, "projector": "mlp", "solver": "sgd", "refit_every": 50, "warn_drop": 0.2},
     "optimizer": {"lr": 3e-7, "min_lr": 1e-7, "betas": [0.8, 0.95], "eps": 1e-12, "distributed": True},
-    "checkpoint": {"every": 0, "keep": 2, "keep_best": {"measure": "eval/kl", "mode": "min"}, "resume": "never"},
+    "checkpoint": {"every": 0, "keep": 2, "asynchronous": True, "resume": "never"},
     "eval": {"prompts": {"path": "held_out.json"}, "every": 0},
     "logging": {"tensorboard": False, "progress": False, "gradient_norms_every": 10},
 }
