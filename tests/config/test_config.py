@@ -56,6 +56,7 @@ DEFAULTS = {
         "stop_at": None,
         "time_limit_minutes": None,
         "time_margin_minutes": 1.0,
+        "hang_minutes": 30.0,
         "micro_batch_size": 1,
         "micro_batch_tokens": None,
         "device": "auto",
@@ -182,7 +183,7 @@ DEFAULTS = {
         "clip_grad": 1.0,
         "distributed": False,
     },
-    "checkpoint": {"every": 50, "keep": None, "resume": "auto"},
+    "checkpoint": {"every": 50, "keep": None, "keep_best": None, "asynchronous": False, "resume": "auto"},
     "eval": None,
     "benchmark": None,
     "logging": {
@@ -191,6 +192,7 @@ DEFAULTS = {
         "mlflow": None,
         "progress": True,
         "gradient_norms_every": 0,
+        "slow_rank_factor": 1.5,
     },
 }
 EVAL_DEFAULTS = {"every": 10, "max_response_tokens": 64, "temperature": 1.0, "micro_batch_size": 4, "samples": 3}
@@ -262,7 +264,7 @@ EVERYTHING = {
     },
     "bridge": {"rank": 4, "projector": "mlp", "solver": "sgd", "refit_every": 50, "warn_drop": 0.2},
     "optimizer": {"lr": 3e-7, "min_lr": 1e-7, "betas": [0.8, 0.95], "eps": 1e-12, "distributed": True},
-    "checkpoint": {"every": 0, "keep": 2, "resume": "never"},
+    "checkpoint": {"every": 0, "keep": 2, "asynchronous": True, "resume": "never"},
     "eval": {"prompts": {"path": "held_out.json"}, "every": 0},
     "logging": {"tensorboard": False, "progress": False, "gradient_norms_every": 10},
 }
@@ -303,7 +305,7 @@ def test_every_default() -> None:
 def test_every_field_is_documented() -> None:
     """Every key of every section has a text for `--help-config`."""
     models = sections(RunConfig)
-    assert len(models) == 27
+    assert len(models) == 28
     for model in models:
         for name, field in model.model_fields.items():
             assert field.description, f"{model.__name__}.{name} has no docstring"
