@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart.yaml"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 STARTERS = ("oprd", "torchrun", "python", "bash")
-FILES = (".yaml", ".json", ".jsonl", ".png", ".safetensors", ".md", ".py")
+FILES = (".yaml", ".json", ".jsonl", ".png", ".safetensors", ".md", ".py", ".lock")
 A_TEACHERS_NAME = re.compile(r"teacher=\w+$")  # of a config with several
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -44,7 +44,8 @@ def commands(command: Any, name: str = "oprd") -> Iterator[tuple[str, Any]]:
 
 
 def typed_lines(text: str) -> Iterator[list[str]]:
-    """Words of each line that is a command, in a fence or indented, one list for each side of `&&`."""
+    """Words of each line that is a command, in a fence of other than Python or indented, one list for each side of `&&`."""
+    text = re.sub(r"^```python$.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
     for line in text.replace("\\\n", " ").splitlines():
         if line.strip().startswith(tuple(f"{word} " for word in STARTERS)):
             words = shlex.split(line, comments=True)
