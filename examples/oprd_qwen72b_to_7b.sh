@@ -68,6 +68,6 @@ exit "$code"
 '''
 
 if __name__ == "__main__":  # saving a checkpoint starts a helper that imports this file again
-    from oprd_megatron.script import main
+    from oprd_megatron.launching.script import main
 
     main(__file__)

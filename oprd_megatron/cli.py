@@ -12,11 +12,11 @@ import typer
 
 from checkpoints_conversion.commands import app as convert_app
 from oprd_megatron.bridge.commands import app as bridge_app
+from oprd_megatron.commands.evaluate import app as eval_app
+from oprd_megatron.commands.rollout import app as rollout_app
+from oprd_megatron.commands.teacher import app as teacher_app
 from oprd_megatron.entry import one_line_errors, quiet_libraries, refuse_existing, refuse_missing_directory
 from oprd_megatron.errors import ConfigError
-from oprd_megatron.eval_commands import app as eval_app
-from oprd_megatron.rollout_commands import app as rollout_app
-from oprd_megatron.teacher_commands import app as teacher_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,10 +67,10 @@ def train(
     Example: `oprd train examples/quickstart.yaml run.steps=10`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.launch import default_num_ranks, launch
+    from oprd_megatron.launching.ranks import default_num_ranks, launch
 
     if dry_run:
-        from oprd_megatron import dry_run as on_paper
+        from oprd_megatron.launching import dry_run as on_paper
 
         on_paper.dry_run(config, overrides or [])
         return
@@ -109,7 +109,7 @@ def plan(
     Example: `oprd plan examples/quickstart.yaml --world-size 16 student.parallel.tp=2 --png traffic.png`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.launch import default_num_ranks
+    from oprd_megatron.launching.ranks import default_num_ranks
     from oprd_megatron.planning import check_room, plan_run, plan_text, step_times
     from oprd_megatron.planning.rates import read_cluster
 
@@ -142,7 +142,7 @@ def export(
 
     Example: `oprd export runs/quickstart student_hf`
     """
-    from oprd_megatron.exporting import export_checkpoint
+    from oprd_megatron.saving.export import export_checkpoint
 
     checkpoint, _ = export_checkpoint(run_dir, out, best)
     typer.echo(f"student of {checkpoint.name} in {out}")
@@ -198,7 +198,7 @@ def doctor(
     Example: `oprd doctor examples/quickstart.yaml --precision`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.launch import default_num_ranks, launch
+    from oprd_megatron.launching.ranks import default_num_ranks, launch
 
     run, settings = load_config(config, overrides or []), [str(config), *(overrides or [])]
     ranks = nproc or default_num_ranks(run)

@@ -27,7 +27,6 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     """
     import torch.distributed as dist
 
-    from oprd_megatron.checkpoint import BRIDGE, load_weights
     from oprd_megatron.evaluation.several import Evaluation
     from oprd_megatron.logging import write_atomically
     from oprd_megatron.parallel.heartbeat import heartbeat
@@ -37,6 +36,7 @@ def evaluate(config: RunConfig, out: Path, checkpoint: Path | None) -> None:
     from oprd_megatron.representation.space import resume_bridge
     from oprd_megatron.rollout.build import build_hf_engine
     from oprd_megatron.rollout.weight_sync import sync_weights
+    from oprd_megatron.saving.checkpoint import BRIDGE, load_weights
 
     if config.eval is None:
         raise ConfigError("eval: the config has no eval section; add eval.prompts.path")

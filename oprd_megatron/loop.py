@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from oprd_megatron.benchmarks.in_loop import InLoop
-from oprd_megatron.checkpoint import BRIDGE, Progress, load_checkpoint
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.errors import StoppedEarly
 from oprd_megatron.evaluation.several import Evaluation
@@ -35,11 +34,12 @@ from oprd_megatron.representation.space import LowRank, resume_bridge
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import clear
 from oprd_megatron.rollout.build import prepare_engine
-from oprd_megatron.run_directory import check_run_dir
-from oprd_megatron.run_facts import environment, planned_text, world_hosts
-from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
-from oprd_megatron.run_lock import run_lock
-from oprd_megatron.saving import Saver
+from oprd_megatron.run_directory.checks import check_run_dir
+from oprd_megatron.run_directory.facts import environment, planned_text, world_hosts
+from oprd_megatron.run_directory.files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
+from oprd_megatron.run_directory.lock import run_lock
+from oprd_megatron.saving.checkpoint import BRIDGE, Progress, load_checkpoint
+from oprd_megatron.saving.saver import Saver
 from oprd_megatron.stopping import Stopping
 from oprd_megatron.trainer import Trainer, export_student
 from oprd_megatron.watch import Watch

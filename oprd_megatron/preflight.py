@@ -38,7 +38,7 @@ from oprd_megatron.rollout.prompts import Prompt, Routes, load_prompts, refuse_o
 from oprd_megatron.rollout.samples import SampleMaker
 from oprd_megatron.rollout.tokenizer import check_same_tokenizer, check_tokenizer, load_tokenizer
 from oprd_megatron.rollout.vllm.build import Student, refuse_megatron
-from oprd_megatron.run_directory import check_disk, check_run_dir
+from oprd_megatron.run_directory.checks import check_disk, check_run_dir
 
 logger = logging.getLogger(__name__)
 

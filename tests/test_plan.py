@@ -15,7 +15,7 @@ import pytest
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import UserError
-from oprd_megatron.launch import default_num_ranks
+from oprd_megatron.launching.ranks import default_num_ranks
 from oprd_megatron.planning import RunPlan, plan_run, plan_text
 from oprd_megatron.planning.heat_map import draw_heat_map, traffic_blocks
 from oprd_megatron.planning.text import ranges, size

@@ -19,13 +19,13 @@ from typing import Annotated
 import psutil
 import typer
 
-from oprd_megatron.checkpoint import FOLDER, Progress
 from oprd_megatron.config import load_config
 from oprd_megatron.entry import one_line_errors, quiet_libraries
 from oprd_megatron.placing import build_all
 from oprd_megatron.platform import init_distributed, select_platform
 from oprd_megatron.preflight import preflight
-from oprd_megatron.saving import Saver
+from oprd_megatron.saving.checkpoint import FOLDER, Progress
+from oprd_megatron.saving.saver import Saver
 from oprd_megatron.trainer import Trainer
 
 

@@ -13,11 +13,11 @@ from oprd_megatron.benchmarks.grading import Grader
 from oprd_megatron.benchmarks.run import load_benchmark, make_prompts, run_benchmark, sampling
 from oprd_megatron.config import RunConfig
 from oprd_megatron.config.benchmark import BenchmarkConfig
-from oprd_megatron.exporting import readable
 from oprd_megatron.rollout.engine import RolloutEngine
 from oprd_megatron.rollout.record import make_engine, tensors_of
 from oprd_megatron.rollout.tokenizer import check_tokenizer, load_tokenizer
 from oprd_megatron.rollout.vllm.build import Student
+from oprd_megatron.saving.export import readable
 
 
 def benchmark_student(

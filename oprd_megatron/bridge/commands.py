@@ -43,7 +43,7 @@ def fit(
     Example: `oprd bridge fit run.yaml --rank auto` then `oprd train run.yaml`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.launch import default_num_ranks, launch
+    from oprd_megatron.launching.ranks import default_num_ranks, launch
 
     settings = [*(overrides or []), *([f"bridge.rank={rank}"] if rank else [])]
     run = load_config(config, settings)
@@ -86,7 +86,7 @@ def measure(
     Example: `oprd bridge map run.yaml --out map.json` then `oprd train run.yaml distill.layer_map=map.json`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.launch import default_num_ranks, launch
+    from oprd_megatron.launching.ranks import default_num_ranks, launch
 
     run = load_config(config, overrides or [])
     ranks = nproc or default_num_ranks(run)

@@ -14,7 +14,7 @@ from oprd_megatron.errors import CheckpointError
 from oprd_megatron.preflight import fingerprints
 from oprd_megatron.representation.layer_map import LayerPair, resolve_layer_pairs
 from oprd_megatron.rollout.tokenizer import load_tokenizer
-from oprd_megatron.run_directory import check_writable
+from oprd_megatron.run_directory.checks import check_writable
 
 
 def import_ps_bank(source: Path, config: RunConfig, out: Path, first_layer: int) -> list[LayerPair]:

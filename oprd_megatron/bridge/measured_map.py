@@ -40,7 +40,7 @@ from oprd_megatron.representation.flow import Forward, Passes, StateFlow
 from oprd_megatron.representation.layer_map import LayerPair, proportional_layer
 from oprd_megatron.representation.listener import PairedRows
 from oprd_megatron.representation.wire import Wire
-from oprd_megatron.run_directory import check_writable
+from oprd_megatron.run_directory.checks import check_writable
 
 
 def measure_map(config: RunConfig, out: Path) -> None:

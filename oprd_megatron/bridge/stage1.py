@@ -32,7 +32,7 @@ from oprd_megatron.rollout.build import prepare_engine
 from oprd_megatron.rollout.on_policy import OnPolicy
 from oprd_megatron.rollout.tokenizer import load_tokenizer
 from oprd_megatron.rollout.weight_sync import sync_weights
-from oprd_megatron.run_directory import check_writable
+from oprd_megatron.run_directory.checks import check_writable
 
 T = TypeVar("T")
 

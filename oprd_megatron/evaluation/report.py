@@ -19,7 +19,7 @@ from markupsafe import Markup
 from oprd_megatron.evaluation import diagnosis_plots, plots, run_plots
 from oprd_megatron.evaluation.run_records import RunRecords, Status, age_of, duration
 from oprd_megatron.logging import METRICS_FILE, write_atomically
-from oprd_megatron.run_files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
+from oprd_megatron.run_directory.files import CONFIG_FILE, ENVIRONMENT_FILE, PLAN_FILE
 
 
 def write_report(run_dir: str | Path) -> Path:

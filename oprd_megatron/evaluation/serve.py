@@ -21,7 +21,7 @@ from oprd_megatron.errors import UserError
 from oprd_megatron.evaluation.report import render, template
 from oprd_megatron.evaluation.run_records import age_of
 from oprd_megatron.logging import METRICS_FILE
-from oprd_megatron.run_files import CONFIG_FILE
+from oprd_megatron.run_directory.files import CONFIG_FILE
 
 LOOPBACK = "127.0.0.1"
 PAUSE_SHARE = 5

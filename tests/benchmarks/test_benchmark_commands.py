@@ -13,9 +13,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from oprd_megatron.benchmarks.in_loop import InLoop
+from oprd_megatron.commands.evaluate import _settings, app
 from oprd_megatron.config.benchmark import BenchmarkConfig
 from oprd_megatron.errors import ConfigError, DataError, UserError
-from oprd_megatron.eval_commands import _settings, app
 from oprd_megatron.rollout.hf_engine import HFEngine
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from oprd_megatron import run_directory
 from oprd_megatron.bridge.imported import import_ps_bank
 from oprd_megatron.bridge.measured_map import measure_map
 from oprd_megatron.bridge.stage1 import fit
 from oprd_megatron.config import parse_config
 from oprd_megatron.config.schema import RunConfig
 from oprd_megatron.errors import UserError
+from oprd_megatron.run_directory import checks
 from tests.test_cli import assert_refused, oprd, yaml_of
 from tests.training.test_bad_input import files_below
 
@@ -52,7 +52,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, command: str, monkeypatc
     with pytest.raises(UserError, match="/no/"):
         COMMANDS[command](config, tmp_path / "new" / "bridges")
     with monkeypatch.context() as patch:
-        patch.setattr(run_directory.os, "access", lambda path, mode: not mode & os.W_OK)
+        patch.setattr(checks.os, "access", lambda path, mode: not mode & os.W_OK)
         with pytest.raises(UserError, match=r"^--out: .* is not a directory that can be written"):
             COMMANDS[command](config, tmp_path / "new")
     assert files_below(tmp_path) == before

@@ -8,8 +8,8 @@ import pytest
 
 from checkpoints_conversion import read_architecture
 from oprd_megatron.config import load_config
-from oprd_megatron.dry_run import dry_run
 from oprd_megatron.errors import LayoutError
+from oprd_megatron.launching.dry_run import dry_run
 from tests.launching.twin import ROOT
 from tests.qwen_configs import MODEL_CONFIGS
 from tests.test_cli import assert_done, oprd

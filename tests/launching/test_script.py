@@ -15,8 +15,8 @@ import pytest
 
 from oprd_megatron.config import load_config
 from oprd_megatron.errors import ConfigError, UserError
-from oprd_megatron.script import Arguments
-from oprd_megatron.world import check_world, nodes_needed
+from oprd_megatron.launching.script import Arguments
+from oprd_megatron.launching.world import check_world, nodes_needed
 from tests.launching.twin import BIN, ROOT, SCRIPT, environment, free_port, make_twin, script
 from tests.training.runs import train_records
 
@@ -49,7 +49,7 @@ def test_torchrun_plans_it(tmp_path: Path) -> None:
 
 def test_a_dry_run_is_lean() -> None:
     """Neither mcore nor transformers is imported for it, and a rank that does not speak imports no torch."""
-    program = "import sys; sys.argv = ['x.sh', '--dry-run']; from oprd_megatron.script import main; main({!r}); print(sorted({{'torch', 'megatron', 'transformers', 'matplotlib', 'numpy'}} & set(sys.modules)))"  # noqa: E501
+    program = "import sys; sys.argv = ['x.sh', '--dry-run']; from oprd_megatron.launching.script import main; main({!r}); print(sorted({{'torch', 'megatron', 'transformers', 'matplotlib', 'numpy'}} & set(sys.modules)))"  # noqa: E501
     for rank, allowed in (("1", "[]"), ("0", "['numpy', 'torch']")):
         command = [sys.executable, "-c", program.format(str(SCRIPT))]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(RANK=rank), cwd=ROOT)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from oprd_megatron.checkpoint import Progress
 from oprd_megatron.config import parse_config
 from oprd_megatron.logging import read_records
 from oprd_megatron.logging.memory import world_memory_mib
 from oprd_megatron.loop import log, open_run
 from oprd_megatron.platform import select_platform
+from oprd_megatron.saving.checkpoint import Progress
 from tests.ranks import run_ranks
 from tests.training.runs import changed, tiny_run
 

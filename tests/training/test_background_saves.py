@@ -14,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from oprd_megatron.errors import UserError
-from oprd_megatron.retention import complete_checkpoints, step_of
+from oprd_megatron.saving.retention import complete_checkpoints, step_of
 from oprd_megatron.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.training.runs import changed, student_tensors, train_on_rank, train_records, train_run, with_layout

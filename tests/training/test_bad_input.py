@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import oprd_megatron.saving
+import oprd_megatron.saving.saver
 from checkpoints_conversion.interop import RUN_CONFIG
 from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.errors import UserError
 from oprd_megatron.preflight import preflight
-from oprd_megatron.retention import FIGURES
-from oprd_megatron.run_files import CONFIG_FILE
-from oprd_megatron.run_lock import LOCK_FILE
+from oprd_megatron.run_directory.files import CONFIG_FILE
+from oprd_megatron.run_directory.lock import LOCK_FILE
+from oprd_megatron.saving.retention import FIGURES
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model, tiny_tokenizer
 from tests.training.runs import changed, train_on_rank, train_run, with_layout

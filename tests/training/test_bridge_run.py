@@ -17,17 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from oprd_megatron.bridge.artefact import BridgeInfo, HeldOut, RankScore, info_file, write_bridge
 from oprd_megatron.bridge.stage1 import fit
-from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import parse_config
 from oprd_megatron.errors import CheckpointError
 from oprd_megatron.evaluate import evaluate
-from oprd_megatron.exporting import export_checkpoint
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import fingerprints, preflight
 from oprd_megatron.representation.bridge import Bridge
 from oprd_megatron.representation.space import LowRank
 from oprd_megatron.rollout.tokenizer import load_tokenizer
+from oprd_megatron.saving.checkpoint import latest_checkpoint
+from oprd_megatron.saving.export import export_checkpoint
 from oprd_megatron.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.tiny_models import tiny_hf_model, tiny_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oprd_megatron.exporting import export_checkpoint
+from oprd_megatron.saving.export import export_checkpoint
 from tests.training.runs import changed, student_tensors, tiny_run, train_run, with_layout
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from oprd_megatron.checkpoint import latest_checkpoint, load_weights
 from oprd_megatron.config import parse_config
 from oprd_megatron.placing import build_models
 from oprd_megatron.platform import select_platform
 from oprd_megatron.preflight import preflight
+from oprd_megatron.saving.checkpoint import latest_checkpoint, load_weights
 from oprd_megatron.trainer import export_student
 from tests.ranks import run_ranks
 from tests.training.runs import changed, num_ranks, student_tensors, tiny_run, train_records, train_run, with_layout

@@ -13,8 +13,8 @@ from oprd_megatron.config import parse_config
 from oprd_megatron.config.checkpoint import GRADED, BestConfig
 from oprd_megatron.errors import CheckpointError, ConfigError
 from oprd_megatron.evaluation.several import Evaluation
-from oprd_megatron.exporting import best_checkpoint
-from oprd_megatron.retention import complete_checkpoints, drop_others, figures_of, ranked, read_figures
+from oprd_megatron.saving.export import best_checkpoint
+from oprd_megatron.saving.retention import complete_checkpoints, drop_others, figures_of, ranked, read_figures
 from tests.ranks import run_ranks
 from tests.training.runs import changed, train_on_rank
 

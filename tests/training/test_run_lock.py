@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-import oprd_megatron.run_lock
+import oprd_megatron.run_directory.lock
 from oprd_megatron.errors import UserError
-from oprd_megatron.run_lock import LOCK_FILE, run_lock
+from oprd_megatron.run_directory.lock import LOCK_FILE, run_lock
 from tests.ranks import PRELOAD, run_ranks
 from tests.training.runs import changed, train_records, train_run
 from tests.training.test_stopping import ranks_of, start
@@ -66,7 +66,7 @@ def hold(folder: Path, seconds: float) -> None:
 
 
 def take(folder: Path, wait: float, restart: str) -> str:
-    oprd_megatron.run_lock.WAIT_SECONDS = wait
+    oprd_megatron.run_directory.lock.WAIT_SECONDS = wait
     os.environ["TORCHELASTIC_RESTART_COUNT"] = restart
     try:
         with run_lock(folder):

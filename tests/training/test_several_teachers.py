@@ -16,7 +16,7 @@ from oprd_megatron.config import dump_config, load_config, parse_config
 from oprd_megatron.diagnosis import diagnose
 from oprd_megatron.errors import ConfigError, TeacherWeightsError
 from oprd_megatron.evaluation.comparison import eval_table
-from oprd_megatron.launch import default_num_ranks
+from oprd_megatron.launching.ranks import default_num_ranks
 from oprd_megatron.models.residence import Residence, checksum
 from oprd_megatron.optimizer import stream_gradients
 from oprd_megatron.placing import build_all

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oprd_megatron.default_command import default_command
+from oprd_megatron.commands.default import default_command
 from oprd_megatron.entry import refuse_existing
 
 WRITE = "write"
@@ -42,8 +42,8 @@ def write(
     Example: `oprd rollout examples/quickstart.yaml --out rollouts.parquet rollout.temperature=0.7`
     """
     from oprd_megatron.config import load_config
-    from oprd_megatron.exporting import readable
     from oprd_megatron.rollout.record import record_rollouts
+    from oprd_megatron.saving.export import readable
 
     refuse_existing(out)
     run = load_config(config, overrides or [])

@@ -28,14 +28,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.distributed_c10d import _get_default_store
 
 from oprd_megatron.averaging import AveragedTeacher
-from oprd_megatron.checkpoint import (
-    Progress,
-    add_to_checkpoint,
-    publish_checkpoint,
-    staging_of,
-    write_checkpoint,
-    writing,
-)
 from oprd_megatron.config import RunConfig
 from oprd_megatron.errors import ConfigError, UserError
 from oprd_megatron.models import Model
@@ -44,10 +36,18 @@ from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.agreement import together
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.bridge import Bridge
-from oprd_megatron.retention import Figures, figures_of, read_figures, step_of
 from oprd_megatron.rollout.buffer import FOLDER as ROLLOUTS
 from oprd_megatron.rollout.buffer import forget
-from oprd_megatron.writer_processes import as_writer, results_queue
+from oprd_megatron.saving.checkpoint import (
+    Progress,
+    add_to_checkpoint,
+    publish_checkpoint,
+    staging_of,
+    write_checkpoint,
+    writing,
+)
+from oprd_megatron.saving.retention import Figures, figures_of, read_figures, step_of
+from oprd_megatron.saving.writer_processes import as_writer, results_queue
 
 LEAVING_SECONDS = 10.0
 """How long a rank that ends with an error waits for all others to do the same."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from oprd_megatron.default_command import default_command
+from oprd_megatron.commands.default import default_command
 from oprd_megatron.entry import refuse_existing
 from oprd_megatron.errors import ConfigError, UserError
 
@@ -90,8 +90,8 @@ def held_out(
     """
     from oprd_megatron.config import load_config
     from oprd_megatron.evaluation.comparison import eval_table
-    from oprd_megatron.exporting import checkpoint_of
-    from oprd_megatron.launch import default_num_ranks, launch
+    from oprd_megatron.launching.ranks import default_num_ranks, launch
+    from oprd_megatron.saving.export import checkpoint_of
 
     run = load_config(config, overrides or [])
     refuse_existing(out)

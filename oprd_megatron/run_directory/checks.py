@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_conversion import Architecture, mappings_for
-from oprd_megatron.checkpoint import latest_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
 from oprd_megatron.preflight_teachers import identity
-from oprd_megatron.run_files import CONFIG_FILE
+from oprd_megatron.run_directory.files import CONFIG_FILE
+from oprd_megatron.saving.checkpoint import latest_checkpoint
 
 BYTES_ON_DISK_PER_PARAMETER = 16
 

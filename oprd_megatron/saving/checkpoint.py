@@ -2,7 +2,7 @@
 
     <run.dir>/checkpoints/
         hf/                                    config.json and tokenizer of the student
-        iter_0000010/                          written as iter_0000010.incomplete, renamed when complete (`saving.py`)
+        iter_0000010/                          written as iter_0000010.incomplete, renamed when complete (`saver.py`)
         latest_checkpointed_iteration.txt      replaced last
 
 A crash at any moment leaves the previous checkpoint whole and named by the tracker file. Weights and optimizer state are
@@ -52,7 +52,6 @@ from oprd_megatron.averaging import AveragedTeacher
 from oprd_megatron.config import RunConfig, dump_config
 from oprd_megatron.config.checkpoint import CheckpointConfig
 from oprd_megatron.errors import CheckpointError
-from oprd_megatron.interop_settings import interop_settings
 from oprd_megatron.logging import write_atomically
 from oprd_megatron.models import Model
 from oprd_megatron.optimizer import StudentOptimizer
@@ -60,7 +59,8 @@ from oprd_megatron.parallel.agreement import together
 from oprd_megatron.parallel.grid import as_parallel_state
 from oprd_megatron.platform import Platform
 from oprd_megatron.representation.bridge import Bridge
-from oprd_megatron.retention import FIGURES, INCOMPLETE, Figures, drop_others, remove, step_of
+from oprd_megatron.saving.interop_settings import interop_settings
+from oprd_megatron.saving.retention import FIGURES, INCOMPLETE, Figures, drop_others, remove, step_of
 
 FOLDER = "checkpoints"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -47,7 +47,7 @@ def serve(
         return
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    from oprd_megatron.launch import launch
+    from oprd_megatron.launching.ranks import launch
 
     arguments = [str(config), host, str(port), str(max_bytes), *(overrides or [])]
     try:

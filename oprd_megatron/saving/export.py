@@ -12,11 +12,11 @@ from checkpoints_conversion.convert.options import Options, Summary
 from checkpoints_conversion.convert.progress import Progress
 from checkpoints_conversion.interop import find_checkpoint_dir, is_megatron
 from checkpoints_conversion.weights import hf_dir_of
-from oprd_megatron.checkpoint import FOLDER, find_checkpoint
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.errors import CheckpointError
-from oprd_megatron.retention import ranked
-from oprd_megatron.run_files import CONFIG_FILE
+from oprd_megatron.run_directory.files import CONFIG_FILE
+from oprd_megatron.saving.checkpoint import FOLDER, find_checkpoint
+from oprd_megatron.saving.retention import ranked
 
 HF_CONFIG = "config.json"
 VLLM = ("vllm", "vllm_server")

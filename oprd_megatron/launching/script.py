@@ -71,7 +71,7 @@ def main(script: str) -> None:
             print(__doc__.replace("SCRIPT", Path(script).stem) if speaks else "", end="")
         elif "--dry-run" in given.flags:
             if speaks:
-                from oprd_megatron.dry_run import dry_run
+                from oprd_megatron.launching.dry_run import dry_run
 
                 dry_run(config, given.overrides)
         elif "--check" in given.values:
@@ -84,8 +84,8 @@ def check(path: Path, gpus: str, overrides: list[str]) -> None:
     """Print the number of nodes that the run needs; what can be known to be wrong is an error here, before torchrun starts."""
     from checkpoints_conversion import read_architecture
     from oprd_megatron.config import load_config
+    from oprd_megatron.launching.world import nodes_needed
     from oprd_megatron.representation.grids import resolve_grids
-    from oprd_megatron.world import nodes_needed
 
     config = load_config(path, overrides)
     if not gpus.isdecimal() or int(gpus) == 0:
@@ -103,7 +103,7 @@ def check(path: Path, gpus: str, overrides: list[str]) -> None:
 def run(path: Path, overrides: list[str]) -> None:
     """Stage 1 if its bridge is not there yet, then the run: on this rank of torchrun's world."""
     from oprd_megatron.config import load_config
-    from oprd_megatron.world import check_world
+    from oprd_megatron.launching.world import check_world
 
     config = load_config(path, overrides)
     check_world(config, os.environ)

@@ -10,7 +10,7 @@ from pathlib import Path
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.config.schema import ModelConfig
 from oprd_megatron.errors import LayoutError
-from oprd_megatron.launch import default_num_ranks
+from oprd_megatron.launching.ranks import default_num_ranks
 from oprd_megatron.planning import Cluster, RunPlan, check_room, plan_run, plan_text, step_times
 from oprd_megatron.planning.text import size
 

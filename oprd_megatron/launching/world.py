@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from oprd_megatron.config import RunConfig
 from oprd_megatron.config.schema import ModelConfig, ParallelConfig
 from oprd_megatron.errors import ConfigError, LayoutError
-from oprd_megatron.launch import default_num_ranks
+from oprd_megatron.launching.ranks import default_num_ranks
 
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 """Ranks meet in the store of torchrun's agents, where (torch 2.13) a new agent never finds the address, and ranks whose
