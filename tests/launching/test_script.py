@@ -132,6 +132,13 @@ def test_restarts_that_would_hang() -> None:
     check_world(config, {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"})
 
 
+def test_a_run_without_the_script_is_checked_too() -> None:
+    """`torchrun .. -m oprd_megatron.train`."""
+    given = {"WORLD_SIZE": "16", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "8", "RANK": "0"}
+    command = [sys.executable, "-m", "oprd_megatron.train", str(YAML)]
+    one_line(subprocess.run(command, env=os.environ | given, capture_output=True, text=True), "16 ranks", "need 32")
+
+
 def test_what_is_left_open_takes_any_number() -> None:
     """Without dp the layouts take what there is."""
     config = load_config(YAML, ["student.parallel={tp: 2, sp: true}", "teacher.parallel={tp: 8}"])
