@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from oprd_megatron.config import RunConfig
 from oprd_megatron.config.schema import needs_teacher_head
@@ -73,14 +73,3 @@ def deal_prompts(
             )
         dealt[name] = replace(view, prompts=mine, held_out=asked)
     return dealt
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """What of several teachers makes two configs the same run."""
-    teaching = config.teaching.model_dump(exclude={"host_budget"}) if config.teaching else None
-    return {
-        "teachers": {teacher.name: str(teacher.path) for teacher in config.teachers},
-        "teachers' weights": {teacher.name: teacher.weight for teacher in config.teachers},
-        "teachers' distill": {teacher.name: teacher.distill.model_dump(mode="json") for teacher in config.teachers},
-        "teaching": teaching,
-    }

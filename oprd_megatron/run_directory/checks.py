@@ -11,7 +11,6 @@ from typing import Any
 from checkpoints_conversion import Architecture, mappings_for
 from oprd_megatron.config import RunConfig, load_config
 from oprd_megatron.errors import CheckpointError, ConfigError, UserError
-from oprd_megatron.preflight_teachers import identity
 from oprd_megatron.run_directory.files import CONFIG_FILE
 from oprd_megatron.saving.checkpoint import latest_checkpoint
 
@@ -79,7 +78,7 @@ def _refuse_another_run(config: RunConfig) -> None:
         return
     before = load_config(path)
     found = [
-        {**{key: _lookup(values.model_dump(), key) for key in IDENTITY}, **identity(values)}
+        {**{key: _lookup(values.model_dump(), key) for key in IDENTITY}, **_of_several_teachers(values)}
         for values in (before, config)
     ]
     for key, new in found[1].items():
@@ -94,3 +93,14 @@ def _lookup(values: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
     return values
+
+
+def _of_several_teachers(config: RunConfig) -> dict[str, Any]:
+    """What of several teachers makes two configs the same run."""
+    teaching = config.teaching.model_dump(exclude={"host_budget"}) if config.teaching else None
+    return {
+        "teachers": {teacher.name: str(teacher.path) for teacher in config.teachers},
+        "teachers' weights": {teacher.name: teacher.weight for teacher in config.teachers},
+        "teachers' distill": {teacher.name: teacher.distill.model_dump(mode="json") for teacher in config.teachers},
+        "teaching": teaching,
+    }
