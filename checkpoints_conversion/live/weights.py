@@ -85,6 +85,7 @@ def load_hf_weights(
     arch: Architecture,
     expert_tp_group: dist.ProcessGroup | None = None,
     stores: TensorMapping[nn.Parameter, Store] | None = None,
+    after_each: Callable[[], None] | None = None,
 ) -> None:
     """Fill this rank's parameters from a model on disk, in place, reading only this rank's slices and experts.
 
@@ -98,6 +99,7 @@ def load_hf_weights(
         expert_tp_group: tensor-parallel group of the experts; None: they are cut like everything else.
         stores: of parameters that cannot be filled row by row (quantised ones): given the whole shard, which is assembled in
             `Store.dtype` on the parameter's device, one parameter at a time.
+        after_each: called after each parameter.
 
     Raises:
         CheckpointError: the directory is broken or does not hold this architecture.
@@ -119,6 +121,8 @@ def load_hf_weights(
             table[name].load(target, partial(read_rows, source), cut)
             if store is not None:
                 store.take(target)
+            if after_each is not None:
+                after_each()
 
 
 @torch.no_grad()

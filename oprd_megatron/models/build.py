@@ -38,6 +38,7 @@ from oprd_megatron.models.rotary import Rotary, refuse_cut_sequences
 from oprd_megatron.models.spec import Kind, block_spec, has_transformer_engine, refuse_for_transformer_engine
 from oprd_megatron.models.weight_only import weight_only_modules
 from oprd_megatron.parallel import Coords, GridLayout
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.grid import Grid
 from oprd_megatron.parallel.precision import kept_layers, mcore_settings
 from oprd_megatron.platform import Platform
@@ -127,7 +128,8 @@ def build_model(
         if not head and chunks and chunks[-1].post_process:
             chunks[-1].output_layer.weight = None
         if chunks:
-            load_hf_weights(chunks, hf_dir, sharding, architecture, stores=quantised_stores(chunks, dtype))
+            stores = quantised_stores(chunks, dtype)
+            load_hf_weights(chunks, hf_dir, sharding, architecture, stores=stores, after_each=here.mark)
     if frozen:
         for chunk in chunks:
             chunk.requires_grad_(False).eval()

@@ -53,7 +53,9 @@ def test_load_then_stream_in_one_process(family: str, tied: bool, fused: bool, t
     arch = check_model(tmp_path)
     sharding = Sharding.smallest(arch, vocab_multiple=128)
     model = build(arch, sharding, 0, 1, fused)
-    load_hf_weights([model], tmp_path, sharding, arch)
+    after: list[int] = []
+    load_hf_weights([model], tmp_path, sharding, arch, after_each=lambda: after.append(1))
+    assert len(after) == len(canonical_parameters([model]))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     streamed = list(stream_hf_weights([model], arch, sharding, None, None))
     assert len(streamed) == len(dict(streamed))

@@ -17,6 +17,7 @@ import yaml
 
 from oprd_megatron.config.rollout import RolloutConfig
 from oprd_megatron.errors import ConfigError, WeightSyncError
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.rollout.engine import Request, SamplingParams
 from oprd_megatron.rollout.probe import PROBE_STEP
 from oprd_megatron.rollout.prompts import Prompt
@@ -46,8 +47,11 @@ class FakeLLM:
         finalizer = SimpleNamespace(detach=lambda: FakeLLM.calls.append("detach"))
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(_finalizer=finalizer))
 
-    def generate(self, inputs: list[dict], asked: list[Any], use_tqdm: bool) -> list[Any]:
+    def generate(self, inputs: list[dict], asked: list[Any], use_tqdm: Any) -> list[Any]:
         self._note("generate")
+        with use_tqdm(total=len(inputs)) as bar:
+            for _ in inputs:
+                bar.update()
         place = {token: SimpleNamespace(logprob=-1.0) for token in range(10)}
         answer = SimpleNamespace(token_ids=[2], logprobs=[place], finish_reason="stop")
         return [SimpleNamespace(outputs=[answer], prompt_logprobs=[place] * 3) for _ in inputs]
@@ -115,6 +119,16 @@ def test_it_is_awake_whenever_it_is_asked(on_a_gpu: pytest.MonkeyPatch) -> None:
     engine.generate([], SamplingParams(), 2)
     engine.close()
     assert FakeLLM.calls[3:] == ["sleep 1", "detach", "destroy groups"]
+
+
+def test_every_answer_is_a_sign_of_life(on_a_gpu: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """A rank whose engine writes for long does not hang; and no progress bar of vLLM's is seen."""
+    engine = engine_of()
+    engine.update_weights(0, iter(()))
+    before = here.marks
+    engine.generate(REQUESTS, SamplingParams(), 0)
+    assert here.marks == before + len(REQUESTS)
+    assert capfd.readouterr().err == ""
 
 
 def test_an_awake_engine_gives_its_memory_back_at_its_end(on_a_gpu: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ Run on CPU; not yet run on a GPU.
 from __future__ import annotations
 
 import gc
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from oprd_megatron.config.rollout import RolloutConfig
 from oprd_megatron.errors import ConfigError, WeightSyncError
+from oprd_megatron.parallel.activity import here
 from oprd_megatron.rollout.engine import Request, Rollout, SamplingParams
 from oprd_megatron.rollout.probe import PROBE_STEP
 from oprd_megatron.rollout.sampling import sample_seed
@@ -172,7 +175,7 @@ class ColocatedEngine:
 
     def _ask(self, prompts: list[list[int]], asked: list[Any]) -> list[Any]:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        return self._llm.generate(inputs, asked, use_tqdm=False) if inputs else []
+        return self._llm.generate(inputs, asked, use_tqdm=_Marks) if inputs else []
 
     def _sampling(self, params: SamplingParams, seed: int) -> Any:
         from vllm import SamplingParams as Sampling
@@ -244,3 +247,15 @@ def _reason(error: ValueError) -> str:
     """In one line: without what pydantic puts around it."""
     text = re.sub(r"\s*\[type=.*", "", str(error), flags=re.DOTALL)
     return " ".join(re.sub(r"^.*Value error, ", "", text, flags=re.DOTALL).split())
+
+
+class _Marks(tqdm):  # type: ignore[type-arg]
+    """vLLM's progress bar, which nobody sees: every answer is a sign that the engine moves."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "file": io.StringIO()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """See tqdm."""
+        here.mark()
+        return super().update(n)
