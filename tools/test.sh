@@ -15,7 +15,7 @@ if [[ "${1:-}" == --fast ]]; then
 fi
 processes=()
 if [[ $# -eq 0 ]]; then
-    processes=(-n 2 --dist loadfile)
+    processes=(-n 2 --dist loadfile --durations 25)
 fi
 # shellcheck source=tools/setup_env.sh
 source tools/setup_env.sh demo,dev

@@ -101,10 +101,7 @@ def held_out_plot(train: Records, evals: Records) -> str | None:
 
 def cosine_heat_map(train: Records, evals: Records) -> str | None:
     """Cosine of every layer over steps: left on the training rollouts, right on the held-out answers."""
-    panels = [
-        (title, [record for record in records if record.get("layers")])
-        for title, records in (("training", train), ("held-out", evals))
-    ]
+    panels = [(title, _with_layers(records)) for title, records in (("training", train), ("held-out", evals))]
     panels = [(title, records) for title, records in panels if records]
     if not panels:
         return None
@@ -126,7 +123,7 @@ def cosine_heat_map(train: Records, evals: Records) -> str | None:
 
 def layers_plot(train: Records) -> str | None:
     """Norm ratio and mean squared error of every layer, at the first and the last step."""
-    shown = [record for record in train if record.get("layers")]
+    shown = _with_layers(train)
     if not shown:
         return None
     with matplotlib.rc_context(STYLE):
@@ -256,6 +253,11 @@ def _label_ticks(set_ticks: Any, labels: Sequence[int], most: int) -> None:
     """Ticks at the cells' indices, named by what the cells stand for; at most so many."""
     indices = range(0, len(labels), -(-len(labels) // most))
     set_ticks(indices, [str(labels[index]) for index in indices])
+
+
+def _with_layers(records: Records) -> Records:
+    """Those whose states were compared: a recipe's second stage may compare none."""
+    return [record for record in records if record.get("layers", {}).get("student")]
 
 
 def _layer_grid(records: Records, key: str) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from oprd_megatron.benchmarks.standalone import benchmark_student
 from oprd_megatron.config.benchmark import BenchmarkConfig
 from oprd_megatron.config.load import parse_config
+from oprd_megatron.run_directory.lock import LOCK_FILE
 from tests.training.runs import changed, train_records, train_run, with_layout
 
 pytest.importorskip("math_verify")
@@ -35,12 +36,12 @@ def test_it_is_asked_before_between_and_after(tmp_path: Path, values: dict[str, 
 
 
 def test_a_problem_that_the_student_has_no_room_for_is_refused(tmp_path: Path, values: dict[str, Any]) -> None:
-    """Before the run's directory is there."""
+    """Before anything is written but the run's lock."""
     (tmp_path / "sums.json").write_text(json.dumps([{"problem": "say 1", "answer": "1"}]))
     asked = {"files": [str(tmp_path / "sums.json")], "samples": 2, "max_response_tokens": 510}
     with pytest.raises(AssertionError, match=r"ConfigError: .* a context of 512; lower benchmark.max_response_tokens"):
         train_run({**values, "benchmark": asked})
-    assert not Path(values["run"]["dir"]).exists()
+    assert [path.name for path in Path(values["run"]["dir"]).iterdir()] == [LOCK_FILE]
 
 
 def test_a_checkpoint_is_asked_like_the_student_that_the_run_exports(tmp_path: Path, values: dict[str, Any]) -> None:

@@ -392,7 +392,7 @@ def warned_run(values: Values) -> list[str]:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("oprd_megatron.loop").addHandler(handler)
+    logging.getLogger("oprd_megatron.watch").addHandler(handler)
     train(parse_config(values, "test"))
     return lines
 

@@ -177,7 +177,7 @@ def warned(values: Values) -> list[str]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("oprd_megatron.loop").addHandler(handler)
+    logging.getLogger("oprd_megatron.watch").addHandler(handler)
     train(parse_config(values, "test"))
     return said
 
