@@ -15,14 +15,14 @@ agents have restarted them a different number of times look for each other under
 
 
 def check_world(config: RunConfig, environment: Mapping[str, str]) -> None:
-    """torchrun's ranks, on a rank.
+    """The ranks that somebody started, torchrun or by hand, on a rank.
 
     Raises:
         LayoutError: one line: their number, on how many nodes, and what is needed.
         ConfigError: torchrun was asked for restarts that would hang.
     """
-    world, local = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    nodes = int(environment.get("GROUP_WORLD_SIZE", "1"))
+    world, nodes = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    local = int(environment.get("LOCAL_WORLD_SIZE", world // nodes))  # without torchrun nobody says
     if nodes * local != world:
         raise LayoutError(
             f"{world} ranks on {nodes} nodes, of which this one has {local}; give every torchrun the same --nproc-per-node"

@@ -139,6 +139,13 @@ def test_a_run_without_the_script_is_checked_too() -> None:
     one_line(subprocess.run(command, env=os.environ | given, capture_output=True, text=True), "16 ranks", "need 32")
 
 
+def test_ranks_started_by_hand() -> None:
+    """Without torchrun nobody says how many ranks a node has."""
+    check_world(load_config(YAML), {"WORLD_SIZE": "32"})
+    with pytest.raises(UserError, match="need 32"):
+        check_world(load_config(YAML), {"WORLD_SIZE": "16"})
+
+
 def test_what_is_left_open_takes_any_number() -> None:
     """Without dp the layouts take what there is."""
     config = load_config(YAML, ["student.parallel={tp: 2, sp: true}", "teacher.parallel={tp: 8}"])

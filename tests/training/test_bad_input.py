@@ -306,7 +306,7 @@ def test_damaged_checkpoints(tmp_path: Path, values: Values) -> None:
 
 def run_on_a_full_disk(values: Values, max_bytes: int) -> str:
     """Train; while the third checkpoint is written no file may grow beyond `max_bytes`, as on a disk that is full."""
-    write = oprd_megatron.saving.write_checkpoint
+    write = oprd_megatron.saving.saver.write_checkpoint
 
     def write_on_full_disk(config: Any, student: Any, optimizer: Any, progress: Any, *others: Any) -> Any:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -317,7 +317,7 @@ def run_on_a_full_disk(values: Values, max_bytes: int) -> str:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
-    oprd_megatron.saving.write_checkpoint = write_on_full_disk
+    oprd_megatron.saving.saver.write_checkpoint = write_on_full_disk
     return failing_run(values)
 
 
