@@ -54,19 +54,22 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def checkpoint_of(weights: Path) -> Path | None:
-    """The checkpoint that `--weights` names, a run directory's newest; None if it names a Hugging Face directory.
+    """The checkpoint that `--weights` names, a run directory's newest; None if it names a model that `student.path` could:
+    a Hugging Face directory, or a Megatron checkpoint that is no run's.
 
     Raises:
-        CheckpointError: neither is there.
+        CheckpointError: nothing of that is there.
     """
     if (weights / HF_CONFIG).is_file():
         return None
     checkpoint = find_checkpoint(weights)
-    if checkpoint is None:
+    if checkpoint is not None and (checkpoint.parent.parent / CONFIG_FILE).is_file():
+        return checkpoint
+    if not is_megatron(weights):
         raise CheckpointError(
             f"{weights}: neither a Hugging Face directory, a checkpoint (iter_..) nor a run that has one"
         )
-    return checkpoint
+    return None
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from oprd_megatron.errors import CheckpointError, ConfigError
 from oprd_megatron.parallel.grid import init_mcore_globals
 from oprd_megatron.preflight import preflight
 from oprd_megatron.rollout.tokenizer import load_tokenizer
+from oprd_megatron.saving.export import checkpoint_of
 from tests.library.user_models import PLATFORM, Layout, plain_chunk
 from tests.ranks import run_ranks
 from tests.training.runs import changed, student_tensors, tiny_run, train_records, train_run, with_layout
@@ -142,6 +143,17 @@ def test_padded_heads_have_no_settings(imported: tuple[Path, dict[str, Any]]) ->
     directory = find_checkpoint_dir(run)
     assert read_run_config(directory) is None and "args" not in read_common(directory)
     assert_same(exported(run, folder / "padded_back"), load_file(folder / "student" / "model.safetensors"))
+
+
+def test_weights_to_score(imported: tuple[Path, dict[str, Any]], trained: Path, tmp_path: Path) -> None:
+    """A run's checkpoint is resumed, bridge and all; any other is a model, as `student.path` takes it."""
+    folder, _ = imported
+    newest = trained / "checkpoints" / "iter_0000002"
+    assert [checkpoint_of(path) for path in (trained, newest)] == [newest, newest]
+    models = (folder / "student", folder / "student_megatron", folder / "student_megatron" / "release")
+    assert [checkpoint_of(path) for path in models] == [None] * 3
+    with pytest.raises(CheckpointError, match="neither a Hugging Face directory"):
+        checkpoint_of(tmp_path)
 
 
 def test_refusals_say_what_is_missing(imported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
