@@ -24,7 +24,7 @@ from oprd_megatron.measuring import Measuring
 from oprd_megatron.models import Model
 from oprd_megatron.parallel.activity import here
 from oprd_megatron.parallel.agreement import together
-from oprd_megatron.parallel.hang import Hang
+from oprd_megatron.parallel.hang import Hang, collective_minutes
 from oprd_megatron.parallel.heartbeat import heartbeat
 from oprd_megatron.placing import build_all
 from oprd_megatron.planning.room import check_device
@@ -44,9 +44,6 @@ from oprd_megatron.stopping import Stopping
 from oprd_megatron.trainer import Trainer, export_student
 from oprd_megatron.watch import Watch
 
-MINUTES_TO_REPORT = 10.0
-"""Collectives time out so much after `run.hang_minutes`."""
-
 
 def train(config: RunConfig) -> None:
     """Train from a config to its last step, from the newest checkpoint if there is one."""
@@ -59,7 +56,7 @@ def train(config: RunConfig) -> None:
         check_device(config, world_size, gpu_memory, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     minutes = config.run.hang_minutes
     hang = Hang(60 * minutes, config.run.dir / "hang") if minutes else None
-    init_distributed(platform, max(30.0, minutes + MINUTES_TO_REPORT))
+    init_distributed(platform, collective_minutes(minutes))
     with run_lock(config.run.dir), heartbeat(hang=hang), Stopping(config.run, platform) as stopping:
         checked = replace(checked, resume_from=check_run_dir(config))  # another run may just have ended here
         with Saver(config, platform) as saver:

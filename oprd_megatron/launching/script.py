@@ -83,6 +83,7 @@ def main(script: str) -> None:
 def check(path: Path, gpus: str, overrides: list[str]) -> None:
     """Print the number of nodes that the run needs; what can be known to be wrong is an error here, before torchrun starts."""
     from checkpoints_conversion import read_architecture
+    from checkpoints_conversion.weights import hf_dir_of
     from oprd_megatron.config import load_config
     from oprd_megatron.launching.world import nodes_needed
     from oprd_megatron.representation.grids import resolve_grids
@@ -92,7 +93,7 @@ def check(path: Path, gpus: str, overrides: list[str]) -> None:
         raise ConfigError(f"NPROC_PER_NODE: {gpus!r} is no number of GPUs; set it to those of a node")
     nodes = nodes_needed(config, int(gpus), os.environ)
     for view in [config.of_teacher(teacher.name) for teacher in config.teachers] or [config]:
-        models = read_architecture(view.teacher.path), read_architecture(view.student.path)
+        models = read_architecture(hf_dir_of(view.teacher.path)), read_architecture(hf_dir_of(view.student.path))
         if view.teacher.parallel.layers_per_stage != "follow_student":
             resolve_grids(view, *models, nodes * int(gpus), alone=not config.teachers)
     if not config.rollout.prompts.path.is_file():
@@ -120,9 +121,10 @@ def _is_absent(file: Path, config: RunConfig) -> bool:
     """Whether rank 0 does not find a file; a shared file system may show other ranks an older folder. Collective."""
     import torch.distributed as dist
 
+    from oprd_megatron.parallel.hang import collective_minutes
     from oprd_megatron.platform import init_distributed, select_platform
 
-    init_distributed(select_platform(config.run.device))
+    init_distributed(select_platform(config.run.device), collective_minutes(config.run.hang_minutes))
     absent = [not file.exists()]
     dist.broadcast_object_list(absent, src=0)
     return absent[0]

@@ -21,6 +21,8 @@ from oprd_megatron.parallel.activity import Place
 
 SHOWN = 4
 """Odd ranks that the line names; the report has all."""
+MINUTES_TO_REPORT = 10.0
+"""Collectives time out so much after `run.hang_minutes`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Hang:
 
     seconds: float
     folder: Path
+
+
+def collective_minutes(hang_minutes: float) -> float:
+    """When a collective of a run gives up: not before a hang has been reported."""
+    return max(30.0, hang_minutes + MINUTES_TO_REPORT)
 
 
 def odd_ranks(places: Mapping[int, Place]) -> list[int]:
